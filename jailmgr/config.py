@@ -1,0 +1,103 @@
+"""Where an instance of jailmgr keeps what it owns, and the prefix its things carry.
+
+Standard library only, and little of it: every command starts here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+from zlib import crc32
+
+from jailmgr.errors import JailmgrError
+
+SOCKET_MAX = 107
+"""Bytes a path may have in sockaddr_un, less the final NUL (unix(7))."""
+
+
+class Root(NamedTuple):
+    """Directories and names of one instance.
+
+    `mark` is empty for the host's own, else five letters of its path's checksum; claims.py sees that no two are alike.
+    """
+
+    lib: str
+    run: str
+    etc: str
+    mark: str
+    at: str = ""
+
+    @property
+    def socket(self) -> str:
+        """The engine's socket (HTTP)."""
+        return f"{self.run}/engine.sock"
+
+    @property
+    def store(self) -> str:
+        return f"{self.lib}/store.db"
+
+    @property
+    def pool_file(self) -> str:
+        return f"{self.lib}/pool/default.img"
+
+    @property
+    def pool(self) -> str:
+        """Mount point of the pool, below a 0700 directory."""
+        return f"{self.lib}/pool/default"
+
+    @property
+    def cache(self) -> str:
+        return f"{self.lib}/cache"
+
+    @property
+    def link_prefix(self) -> str:
+        """First seven bytes of each of our interfaces; `b` or `v` and up to seven more follow (IFNAMSIZ is 16)."""
+        return f"jm{self.mark or 'local'}"
+
+    @property
+    def cgroup(self) -> str:
+        """Name of our group at the top of each hierarchy."""
+        return f"jailmgr-{self.mark}" if self.mark else "jailmgr"
+
+    @property
+    def table(self) -> str:
+        """Name of our nftables tables (inet and bridge)."""
+        return f"jailmgr_{self.mark}" if self.mark else "jailmgr"
+
+    def tenant_run(self, tenant: str) -> str:
+        """A tenant's runtime directory: the supervisor's socket, lock and log, a state file of each running jail."""
+        return f"{self.run}/tenants/{tenant}"
+
+    def jail_lib(self, tenant: str, jail: str) -> str:
+        """What outlives the host's reboot of a jail: config.json, console log, how it last ended."""
+        return f"{self.lib}/jails/{tenant}/{jail}"
+
+    def volume(self, tenant: str, jail: str) -> str:
+        return f"{self.pool}/volumes/{tenant}/{jail}"
+
+    def image(self, fingerprint: str) -> str:
+        return f"{self.pool}/images/{fingerprint}"
+
+
+def find_root(root: str | None = None) -> Root:
+    """The instance meant by `--root`, else JAILMGR_ROOT, else the host's own.
+
+    Raises JailmgrError where the path can't hold a socket (unix(7): 107 bytes).
+    """
+    at = root or os.environ.get("JAILMGR_ROOT") or ""
+    if not at:
+        return Root("/var/lib/jailmgr", "/run/jailmgr", "/etc/jailmgr", "")
+    at = os.path.realpath(at)
+    checksum, mark = crc32(os.fsencode(at)), ""
+    for _ in range(5):
+        checksum, index = divmod(checksum, 36)
+        mark += "0123456789abcdefghijklmnopqrstuvwxyz"[index]
+    found = Root(f"{at}/lib", f"{at}/run", f"{at}/etc", mark, at)
+    if len(os.fsencode(found.socket)) > SOCKET_MAX:
+        raise JailmgrError(
+            f"root {at}",
+            f"the path of its socket would have {len(os.fsencode(found.socket))} bytes, the kernel takes {SOCKET_MAX}",
+            "Choose a shorter path for JAILMGR_ROOT.",
+            "invalid",
+        )
+    return found

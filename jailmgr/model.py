@@ -1,0 +1,167 @@
+"""The nouns of jailmgr, as they are passed around and kept. Frozen; times are seconds since the epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """What an image tells of how its jails are run; it comes from the template."""
+
+    init: list[str] = msgspec.field(default_factory=lambda: ["/sbin/init"])
+    stop_signal: str = "SIGRTMIN+3"
+    stop_timeout: int = 30
+    notify: bool = True
+    """Init tells by sd_notify(3) that the system is up (systemd does in a container)."""
+    environment: dict[str, str] = {}
+
+
+class CreateFile(msgspec.Struct, frozen=True):
+    """A file rendered when a jail is created: its path in the jail, its Jinja2 source, its mode."""
+
+    path: str
+    source: str
+    mode: int = 0o644
+
+
+class Image(msgspec.Struct, frozen=True):
+    """A built root file system. `fingerprint`: SHA-256 (hex) of its canonical tar."""
+
+    fingerprint: str
+    template: str
+    """TEMPLATE/RELEASE[/VARIANT] it was built from."""
+    aliases: list[str]
+    size_bytes: int
+    created_at: float
+    architecture: str
+    """As uname(2) says it: x86_64, aarch64."""
+    recipe: Recipe
+    files: list[CreateFile] = []
+    packages: dict[str, str] = {}
+    """Name to version."""
+    key: str = ""
+    """Hash of what the image was built from: a template that changed is built anew."""
+
+
+class Network(msgspec.Struct, frozen=True):
+    """A bridge of a tenant. `ipv4` and `ipv6` are the bridge's own addresses, with prefix length: `10.83.7.1/24`."""
+
+    id: int
+    tenant: str
+    name: str
+    ipv4: str
+    ipv6: str
+    kind: str = "bridge"
+
+
+class Nic(msgspec.Struct, frozen=True):
+    """A jail's interface. `ipv4` and `ipv6` without prefix length, `mac` as 0a:bb:cc:dd:ee:ff, `veth` the host end."""
+
+    name: str
+    network: str
+    veth: str
+    mac: str
+    ipv4: str
+    ipv6: str
+
+
+class Port(msgspec.Struct, frozen=True):
+    """A published port. `host_address` is empty for every address of the host, IPv4 and IPv6."""
+
+    tenant: str
+    jail: str
+    host_address: str
+    host_port: int
+    port: int
+    protocol: str
+
+
+class Jail(msgspec.Struct, frozen=True):
+    """A jail as it is kept. `config` and `devices` are LXD's, as the user set them; the rest was chosen by us."""
+
+    id: int
+    """Never used again in this instance: interfaces, quota groups and the like are named after it."""
+    tenant: str
+    name: str
+    image: str
+    """Fingerprint."""
+    source: str
+    """What the user asked for."""
+    created_at: float
+    config: dict[str, str]
+    devices: dict[str, dict[str, str]]
+    idmap_base: int
+    nics: list[Nic] = []
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """`uid`: the host uid that makes this tenant's user namespaces, so that per-user kernel counts are its own."""
+
+    id: int
+    name: str
+    created_at: float
+    uid: int
+    config: dict[str, str] = {}
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a jail uses now; None where it isn't known."""
+
+    memory_bytes: int | None = None
+    cpu_ns: int | None = None
+    processes: int | None = None
+    disk_bytes: int | None = None
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """How a jail last ended. `kind`: poweroff, reboot, exit, signal, oom, unknown; `by`: guest, admin, kernel, host."""
+
+    kind: str
+    at: float
+    by: str
+    status: int = 0
+    """Exit status for `exit`, signal number for `signal`."""
+
+
+class JailView(msgspec.Struct, frozen=True, omit_defaults=False):
+    """A jail as `list` tells it: cli.md's fields and LXD's, in one object."""
+
+    name: str
+    tenant: str
+    status: str
+    """Running, Stopped, Frozen or Error."""
+    init_pid: int | None
+    ipv4: str
+    ipv6: str
+    image: str
+    created_at: str
+    """RFC 3339, UTC."""
+    limits: dict[str, Any]
+    """memory_bytes, cpu (number of CPUs, float), processes, disk_bytes; None where there is none."""
+    usage: Usage
+    config: dict[str, str]
+    devices: dict[str, dict[str, str]]
+    project: str
+    source: str
+    ports: list[Port]
+    type: str = "container"
+
+
+class JailInfo(JailView, frozen=True):
+    """`info`: the same and what an admin looks for when something is odd."""
+
+    supervisor_pid: int | None = None
+    netns: str | None = None
+    """/proc/PID/ns/net."""
+    cgroups: dict[str, str] = {}
+    """Controller to directory."""
+    rootfs: str = ""
+    """/proc/PID/root of a running jail, else its volume."""
+    log: str = ""
+    pool: str = ""
+    idmap: str = ""
+    started_at: str | None = None
+    last_ended: Ending | None = None
+    restarts: int = 0
