@@ -1,0 +1,105 @@
+"""A new supervisor takes over what the last one left: running jails by pidfd, dead ones by cleaning up after them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import time
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime import enter, protocol
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import write_json
+from jailmgr.runtime.jail import Host, Jail
+from jailmgr.runtime.pty import check_master, open_pty
+from jailmgr.runtime.state import LAST, load_state, remove_state
+from jailmgr.runtime.syscalls import Process
+
+CONSOLE_SECONDS = 5.0
+
+
+def adopt_all(host: Host, jails: dict[str, Jail]) -> None:
+    """Take over every jail with a state file in the tenant's runtime directory."""
+    for entry in os.listdir(host.run):
+        name, is_state = entry.removesuffix(".json"), entry.endswith(".json")
+        if is_state:
+            _adopt(host, jails, name)
+
+
+def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
+    state = load_state(host.run, name)
+    if state is None:
+        return
+    try:
+        jail = Jail(host, name, state.lib)
+    except JailmgrError:
+        remove_state(host.run, name)
+        return
+    pidfd = kernel.open_process(Process(state.pid, state.starttime)) if state.boot_id == host.boot_id else None
+    if pidfd is None:
+        write_json(f"{state.lib}/{LAST}", {"kind": "unknown", "at": time(), "by": "host", "status": 0})
+        jail.clear()
+        if jail.bundle.restart != "no" and state.boot_id == host.boot_id:
+            jails[name] = jail
+            jail.start_later(state.restarts + 1)
+        return
+    jails[name] = jail
+    jail.adopt(state, pidfd)
+    if jail.bundle.terminal:
+        _give_console(host, jail)
+
+
+def _give_console(host: Host, jail: Jail) -> None:
+    """A child inside makes the pty and puts it on /dev/console; what the guest does to it there harms nobody else."""
+    enterer, control = enter.enter(jail.pidfd, jail.bundle, host.hierarchies, [], _replace_console)
+    watch = os.pidfd_open(enterer)
+    program = -1
+
+    def heard() -> bool:
+        nonlocal program
+        try:
+            said = protocol.receive(control)
+        except (OSError, ValueError):
+            return False
+        if said is None:
+            host.loop.forget(control.fileno())
+            return False
+        if "error" in said.body:
+            jail.log.note(f"no new console: {said.body['error'].get('why')}")
+        if "pid" in said.body and program < 0:
+            program = os.pidfd_open(said.body["pid"])
+            host.loop.watch(program, lambda _: done(program))
+        if said.fds:
+            try:
+                check_master(said.fds[0])
+            except JailmgrError:
+                protocol.close_all(said.fds)
+                return True
+            jail.adopt_console(said.fds.pop(0))
+            protocol.close_all(said.fds)
+        return True
+
+    def done(pidfd: int) -> None:
+        while heard():
+            pass
+        host.loop.forget(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+
+    def ready(_: int) -> None:
+        heard()
+
+    host.loop.watch(control.fileno(), ready)
+    host.loop.watch(watch, lambda _: done(watch))
+
+
+def _replace_console(sock: socket.socket) -> None:
+    pty = open_pty("/dev/ptmx")
+    try:
+        kernel.umount("/dev/console", kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
+    except OSError:
+        pass
+    slave = kernel.open_tree(f"/dev/pts/{pty.number}")
+    target = os.open("/dev/console", os.O_PATH | os.O_NOFOLLOW | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    kernel.move_mount(slave, target)
+    protocol.send(sock, {}, [pty.master])

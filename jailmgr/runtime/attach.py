@@ -1,0 +1,193 @@
+"""The other side of the supervisor's socket: find or start a tenant's supervisor, ask it for things.
+
+Used by the engine (start, stop, builds) and, for the local root, by the CLI itself (exec, console, cp).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.runtime import protocol
+from jailmgr.runtime.state import SOCKET, running_jails
+
+_STARTING = "supervisor.starting"
+_TRIES = 3
+_SPAWN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from jailmgr.runtime.supervisor import main
+main(sys.argv[2], int(sys.argv[3]))
+"""
+
+
+class Supervisor:
+    """A connection to a tenant's supervisor. While one is open, the supervisor stays, with or without jails."""
+
+    def __init__(self, root: Root, tenant: str, sock: socket.socket) -> None:
+        self._root = root
+        self._tenant = tenant
+        self.sock = sock
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def ask(self, operation: str, fds: list[int] | None = None, **values: Any) -> protocol.Message:
+        """Send a request and wait for its (first) answer. Raises JailmgrError with what the supervisor says."""
+        self.tell(operation, fds, **values)
+        return self.hear()
+
+    def tell(self, operation: str, fds: list[int] | None = None, **values: Any) -> None:
+        try:
+            protocol.send(self.sock, {"v": protocol.VERSION, "op": operation, **values}, fds)
+        except OSError as error:
+            raise self._lost() from error
+
+    def hear_any(self) -> protocol.Message:
+        """The next message, an error or not."""
+        try:
+            said = protocol.receive(self.sock)
+        except (OSError, ValueError) as error:
+            raise self._lost() from error
+        if said is None:
+            raise self._lost()
+        return said
+
+    def hear(self) -> protocol.Message:
+        """The next answer; an error is raised."""
+        said = self.hear_any()
+        if "error" in said.body:
+            protocol.close_all(said.fds)
+            raise from_dict(said.body["error"])
+        return said
+
+    def status(self) -> dict[str, Any]:
+        """{"pid": N, "jails": {NAME: state.State as a dict}}."""
+        return self.ask("status").body
+
+    def start(self, jail: str, wait: bool = False, timeout: float = 120.0) -> dict[str, Any]:
+        """Start a jail whose config.json is in place: its state. With `wait`, when its init says that it is up."""
+        lib = self._root.jail_lib(self._tenant, jail)
+        state: dict[str, Any] = self.ask("start", jail=jail, lib=lib, wait=wait, timeout=timeout).body["state"]
+        return state
+
+    def stop(self, jail: str, timeout: float = 30.0, force: bool = False, signal: str = "") -> dict[str, Any]:
+        """Stop a jail, and wait until nothing of it is left: how it ended (model.Ending).
+
+        `signal`: the bundle's when empty. After `timeout` seconds, or at once with `force`, it is killed.
+        """
+        last: dict[str, Any] = self.ask("stop", jail=jail, signal=signal, timeout=timeout, force=force).body["last"]
+        return last
+
+    def _lost(self) -> JailmgrError:
+        return JailmgrError(
+            f"supervisor of {self._tenant}", "the connection broke", "Its jails run on; try again.", "unavailable"
+        )
+
+
+def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
+    """Connect to the tenant's supervisor; with `start`, start one when there is none.
+
+    Raises JailmgrError `unavailable`. A supervisor that is started adopts the jails that run.
+    """
+    run = root.tenant_run(tenant)
+    for _ in range(_TRIES):
+        sock = _try(run)
+        if sock is not None:
+            return Supervisor(root, tenant, sock)
+        if not start:
+            break
+        os.makedirs(run, 0o700, exist_ok=True)
+        with open(f"{run}/{_STARTING}", "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            sock = _try(run)
+            if sock is not None:
+                return Supervisor(root, tenant, sock)
+            _start(run)
+            sock = _try(run)
+            if sock is not None:
+                return Supervisor(root, tenant, sock)
+    raise JailmgrError(f"supervisor of {tenant}", "does not answer", f"See {run}/supervisor.log.", "unavailable")
+
+
+def connect_running(root: Root, tenant: str, jail: str) -> Supervisor:
+    """For `exec` and its like: the supervisor of a jail that runs, started anew when it was killed."""
+    if jail not in running_jails(root, tenant):
+        raise JailmgrError(f"jail {jail}", "is not running", f"Start it: jailmgr start {jail}", "conflict")
+    return connect(root, tenant)
+
+
+def _try(run: str) -> socket.socket | None:
+    """Connect and hear a word: one that is just ending takes connections it will never answer."""
+    try:
+        sock = protocol.connect(run, SOCKET)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    try:
+        protocol.send(sock, {"v": protocol.VERSION, "op": "hello"})
+        if protocol.receive(sock) is not None:
+            return sock
+    except (ConnectionResetError, BrokenPipeError):
+        pass
+    sock.close()
+    return None
+
+
+def _start(run: str) -> None:
+    """A supervisor of its own session, with nothing of ours but the pipe on which it says that it listens."""
+    import jailmgr
+
+    package = os.path.dirname(os.path.dirname(os.path.abspath(jailmgr.__file__)))
+    ear, mouth = os.pipe()
+    try:
+        os.set_inheritable(mouth, True)
+        argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _SPAWN, package, run, str(mouth)]
+        pid = os.posix_spawn(sys.executable, argv, {"PATH": os.defpath, "LC_ALL": "C.UTF-8"})
+    finally:
+        os.close(mouth)
+    try:
+        os.waitpid(pid, 0)
+        with open(ear, "rb") as pipe:
+            said = pipe.readline()
+    except OSError as error:
+        raise JailmgrError("supervisor", str(error), "", "unavailable") from error
+    if said.strip():
+        raise from_dict(json.loads(said))
+    if not said:
+        raise JailmgrError("supervisor", "ended while it started", f"See {run}/supervisor.log.", "unavailable")
+
+
+def run_once(root: Root, tenant: str, jail: str, output: Callable[[bytes], None]) -> int:
+    """Run a jail whose init is a program (a build) to its end; what it writes goes to `output`. Its exit status.
+
+    Its config.json is in place and has no terminal. Raises JailmgrError where the program could not be started or
+    didn't exit by itself.
+    """
+    ear, mouth = os.pipe()
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    with open(ear, "rb", buffering=0) as pipe, connect(root, tenant) as supervisor:
+        try:
+            supervisor.tell("run", [null, mouth, mouth], jail=jail, lib=root.jail_lib(tenant, jail))
+        finally:
+            os.close(mouth)
+            os.close(null)
+        while chunk := pipe.read(65536):
+            output(chunk)
+        last = supervisor.hear().body["last"]
+    if last["kind"] != "exit":
+        why = "ran out of memory" if last["kind"] == "oom" else f"ended by {last['kind']} {last.get('status') or ''}"
+        raise JailmgrError(f"build {jail}", why.strip())
+    return int(last["status"])

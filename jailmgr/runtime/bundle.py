@@ -1,0 +1,256 @@
+"""A jail as an OCI runtime-spec config.json: made from a plan by the manager, read by the supervisor.
+
+OCI runtime-spec 1.2, config.md and config-linux.md. What the spec has no word for stands in annotations under
+`org.jailmgr.` (strings, JSON where they hold more than one value).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, NamedTuple
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime.capabilities import BOUNDING
+from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES
+from jailmgr.runtime.cgroup_limits import Limits as Limits
+
+ID_SIZE = 65536
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+CONFIG = "config.json"
+
+
+class Plan(NamedTuple):
+    """All that a jail's start depends on, chosen by the manager."""
+
+    tenant: str
+    jail: str
+    hostname: str
+    uid: int
+    """The tenant's own host uid, which makes the user namespace."""
+    idmap_base: int
+    cgroup: str
+    """ROOT/TENANT/JAIL, below each hierarchy's mount point."""
+    lower: str
+    """The image's root file system; empty where `volume` itself is the (writable) root."""
+    volume: str
+    """Holds upper/ and work/; or is the root file system."""
+    init: list[str]
+    lib: str
+    """The jail's directory of config.json, console log and last end."""
+    environment: dict[str, str] = {}
+    stop_signal: str = "SIGRTMIN+3"
+    stop_timeout: int = 30
+    notify: bool = False
+    terminal: bool = True
+    nics: list[dict[str, Any]] = []
+    """As netlink.attach takes them."""
+    limits: Limits = Limits()
+    seccomp: str = ""
+    """File of the compiled filter; empty for none."""
+    restart: str = "no"
+    """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
+
+
+_MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("/proc", "proc", ("nosuid", "nodev", "noexec")),
+    ("/sys", "sysfs", ("nosuid", "nodev", "noexec", "ro")),
+    ("/sys/fs/cgroup", "cgroup2", ("nosuid", "nodev", "noexec")),
+    ("/dev", "tmpfs", ("nosuid", "noexec", "mode=755", "size=512k", "nr_inodes=2048")),
+    ("/dev/pts", "devpts", ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")),
+    ("/dev/mqueue", "mqueue", ("nosuid", "nodev", "noexec")),
+    ("/dev/shm", "tmpfs", ("nosuid", "nodev", "mode=1777")),
+    ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
+)
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+MASKED = (
+    "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug",
+    "/proc/scsi", "/sys/firmware",
+)  # fmt: skip
+READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
+
+
+def compile_bundle(plan: Plan) -> dict[str, Any]:
+    """The OCI configuration of `plan`."""
+    environment = {"PATH": PATH, "container": "jailmgr"}
+    if plan.terminal:
+        environment["TERM"] = "linux"
+    environment |= plan.environment
+    mapping = [{"containerID": 0, "hostID": plan.idmap_base, "size": ID_SIZE}]
+    annotations = {
+        "tenant": plan.tenant,
+        "jail": plan.jail,
+        "uid": str(plan.uid),
+        "lower": plan.lower,
+        "lib": plan.lib,
+        "stop-signal": plan.stop_signal,
+        "stop-timeout": str(plan.stop_timeout),
+        "notify": json.dumps(plan.notify),
+        "nics": json.dumps(plan.nics),
+        "cpu-weight": json.dumps(plan.limits.cpu_weight),
+        "seccomp": plan.seccomp,
+        "restart": plan.restart,
+    }
+    return {
+        "ociVersion": "1.2.0",
+        "process": {
+            "terminal": plan.terminal,
+            "user": {"uid": 0, "gid": 0},
+            "args": plan.init,
+            "env": [f"{name}={value}" for name, value in environment.items()],
+            "cwd": "/",
+            "capabilities": {kind: list(BOUNDING) for kind in ("bounding", "effective", "permitted")},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1048576}],
+            "noNewPrivileges": False,
+        },
+        "root": {"path": plan.volume, "readonly": False},
+        "hostname": plan.hostname,
+        "mounts": [
+            {"destination": path, "type": kind, "source": kind, "options": list(options)}
+            for path, kind, options in _MOUNTS
+        ],
+        "linux": {
+            "uidMappings": mapping,
+            "gidMappings": mapping,
+            "namespaces": [
+                {"type": kind} for kind in ("user", "mount", "pid", "network", "uts", "ipc", "cgroup", "time")
+            ],
+            "cgroupsPath": f"/{plan.cgroup}",
+            "resources": _resources(plan.limits),
+            "maskedPaths": list(MASKED),
+            "readonlyPaths": list(READONLY),
+        },
+        "annotations": {f"org.jailmgr.{key}": value for key, value in annotations.items()},
+    }
+
+
+def _resources(limits: Limits) -> dict[str, Any]:
+    """config-linux.md, Control groups. OCI's memory.swap is memory and swap together."""
+    resources: dict[str, Any] = {"devices": list(DEFAULT_DEVICES)}
+    if limits.memory is not None:
+        resources["memory"] = {"limit": limits.memory}
+        if limits.swap is not None:
+            resources["memory"]["swap"] = limits.memory + limits.swap
+    if limits.cpu_quota is not None:
+        resources["cpu"] = {"quota": limits.cpu_quota, "period": limits.cpu_period or 100_000}
+    if limits.processes is not None:
+        resources["pids"] = {"limit": limits.processes}
+    return resources
+
+
+class Mount(NamedTuple):
+    target: str
+    kind: str
+    options: tuple[str, ...]
+
+
+class Bundle(NamedTuple):
+    """What the supervisor needs of a config.json."""
+
+    tenant: str
+    jail: str
+    hostname: str
+    uid: int
+    idmap_base: int
+    idmap_size: int
+    cgroup: str
+    lower: str
+    volume: str
+    args: list[str]
+    env: dict[str, str]
+    terminal: bool
+    capabilities: list[str]
+    rlimits: list[tuple[str, int, int]]
+    mounts: list[Mount]
+    masked: list[str]
+    readonly: list[str]
+    limits: Limits
+    lib: str
+    stop_signal: str
+    stop_timeout: int
+    notify: bool
+    nics: list[dict[str, Any]]
+    seccomp: str
+    restart: str
+
+
+def read_bundle(config: dict[str, Any]) -> Bundle:
+    """The supervisor's view of a configuration; JailmgrError when something is missing in it."""
+    try:
+        return _read(config)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise JailmgrError("bundle", f"not a configuration of ours ({error!r})", "", "invalid") from error
+
+
+def _read(config: dict[str, Any]) -> Bundle:
+    process, linux = config["process"], config["linux"]
+    own = {key.removeprefix("org.jailmgr."): value for key, value in config["annotations"].items()}
+    resources = linux["resources"]
+    memory, cpu = resources.get("memory", {}), resources.get("cpu", {})
+    limit, both = memory.get("limit"), memory.get("swap")
+    return Bundle(
+        tenant=own["tenant"],
+        jail=own["jail"],
+        hostname=config["hostname"],
+        uid=int(own["uid"]),
+        idmap_base=linux["uidMappings"][0]["hostID"],
+        idmap_size=linux["uidMappings"][0]["size"],
+        cgroup=linux["cgroupsPath"].lstrip("/"),
+        lower=own["lower"],
+        volume=config["root"]["path"],
+        args=process["args"],
+        env=dict(entry.split("=", 1) for entry in process["env"]),
+        terminal=process["terminal"],
+        capabilities=process["capabilities"]["bounding"],
+        rlimits=[(entry["type"], entry["soft"], entry["hard"]) for entry in process["rlimits"]],
+        mounts=[Mount(entry["destination"], entry["type"], tuple(entry["options"])) for entry in config["mounts"]],
+        masked=linux["maskedPaths"],
+        readonly=linux["readonlyPaths"],
+        limits=Limits(
+            limit,
+            both - limit if both is not None and limit is not None else None,
+            cpu.get("quota"),
+            cpu.get("period"),
+            json.loads(own["cpu-weight"]),
+            resources.get("pids", {}).get("limit"),
+        ),
+        lib=own["lib"],
+        stop_signal=own["stop-signal"],
+        stop_timeout=int(own["stop-timeout"]),
+        notify=json.loads(own["notify"]),
+        nics=json.loads(own["nics"]),
+        seccomp=own["seccomp"],
+        restart=own["restart"],
+    )
+
+
+def save_bundle(directory: str, config: dict[str, Any]) -> None:
+    """Write DIRECTORY/config.json in one piece: what is there is either the old or the new."""
+    write_json(f"{directory}/{CONFIG}", config)
+
+
+def load_bundle(directory: str) -> Bundle:
+    """Read DIRECTORY/config.json; JailmgrError when it isn't there or isn't one."""
+    config = read_json(f"{directory}/{CONFIG}")
+    if config is None:
+        raise JailmgrError("bundle", f"no {CONFIG} in {directory}", "", "missing")
+    return read_bundle(config)
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Replace a JSON file atomically, mode 0600 (rename(2))."""
+    new = f"{path}.new"
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        json.dump(content, file, separators=(",", ":"))
+    os.rename(new, path)
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """A JSON object from a file of ours; None when there is none or a crash left half of one."""
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,127 @@
+"""The capabilities of a jail's root, and giving up the others (capabilities(7)). Standard library only.
+
+All of them count in the jail's own user namespace only. The bounding set is what a program there takes for granted:
+units with ConditionCapability= for one that could not be used anyway are skipped by systemd, and do not fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime.syscalls import libc
+
+NAMES = (
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
+    "CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
+    "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+)  # fmt: skip
+"""By number (linux/capability.h)."""
+
+_DROPPED = (
+    "CAP_SYS_MODULE",  # tracefs and modules-load units are skipped
+    "CAP_SYS_RAWIO",  # debugfs, /dev/mem
+    "CAP_SYS_TIME",  # the clock is the host's: time synchronisation is skipped
+    "CAP_SYS_PACCT",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",  # the kernel's log is the host's
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",  # the audit stream is the host's: journald does not try it
+    "CAP_PERFMON",
+    "CAP_BPF",
+)
+
+BOUNDING: tuple[str, ...] = tuple(name for name in NAMES if name not in _DROPPED)
+"""A system container's: what systemd-nspawn leaves, CAP_IPC_LOCK and CAP_CHECKPOINT_RESTORE. CAP_SYS_BOOT stays, for
+without it a reboot can't be told from a poweroff."""
+
+_PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_VERSION_3 = 0x20080522
+
+
+class _Header(ctypes.Structure):
+    """struct __user_cap_header_struct, linux/capability.h."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    """struct __user_cap_data_struct; two of them hold 64 capabilities."""
+
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+_Both = _Data * 2
+
+
+def _call(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
+    return result
+
+
+def _prctl(option: int, *args: int) -> int:
+    """prctl(2); unused arguments are 0, some options insist on it."""
+    padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
+    return int(libc.prctl(option, *padded))
+
+
+def permitted() -> int:
+    """The caller's permitted set, a bit per capability (capget(2)). Raises OSError."""
+    data = _Both()
+    _call(libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), data), "capget")
+    return int(data[0].permitted) | int(data[1].permitted) << 32
+
+
+def _set(bits: int) -> None:
+    """Permitted and effective set; nothing is inheritable, so no ambient one is left either (capset(2))."""
+    low, high = bits & 0xFFFFFFFF, bits >> 32
+    data = _Both(_Data(low, low, 0), _Data(high, high, 0))
+    _call(libc.capset(ctypes.byref(_Header(_VERSION_3, 0)), data), "capset")
+
+
+def mask(names: list[str] | tuple[str, ...]) -> int:
+    """A bit for each OCI name; JailmgrError `invalid` for one that is none."""
+    bits = 0
+    for name in names:
+        if name not in NAMES:
+            raise JailmgrError(f"capability {name}", "there is none of that name", "See capabilities(7).", "invalid")
+        bits |= 1 << NAMES.index(name)
+    return bits
+
+
+def drop(keep: list[str] | tuple[str, ...]) -> None:
+    """Give up all capabilities but `keep`, for the caller and for all it will exec: bounding, permitted, effective,
+    inheritable and ambient sets. One that isn't there to keep is no error. Raises OSError, JailmgrError.
+
+    Capabilities newer than `NAMES` go too: the kernel says by EINVAL where its own list ends.
+    """
+    bits, number = mask(keep), 0
+    while (bounded := _prctl(_PR_CAPBSET_READ, number)) >= 0:
+        if bounded and not bits >> number & 1:
+            _call(_prctl(_PR_CAPBSET_DROP, number), f"PR_CAPBSET_DROP {number}")
+        number += 1
+    _call(_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL), "PR_CAP_AMBIENT")
+    _set(bits & permitted())
+
+
+def keep_over_uid_change(uid: int) -> None:
+    """Become `uid` (and gid, with no groups) with the same capabilities (PR_SET_KEEPCAPS). Raises OSError."""
+    bits = permitted()
+    _call(_prctl(_PR_SET_KEEPCAPS, 1), "PR_SET_KEEPCAPS")
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    _set(bits)

@@ -1,0 +1,258 @@
+"""The groups of tenants and jails: made, joined, removed, listed; and in one place, all else that is done with them.
+
+`ROOT/TENANT/JAIL` is a directory of ours in each hierarchy in use. On v2 it has `payload` below it, the root of the
+guest's cgroup namespace, delegated as cgroup-v2.rst has it ("Delegation"). On v1 the guest's processes are in `JAIL`
+itself, and the guest may not make groups. Nothing is written outside of ROOT but v2's root cgroup.subtree_control.
+
+Joining by cgroup.procs costs 6-10 ms when nobody did it for a while (a grace period of RCU, kernel 6.18). Two ways go
+past it: clone3(2) with CLONE_INTO_CGROUP and `leaf_fd` on v2, and `join_self` on v1. Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime.cgroup_hierarchies import Hierarchies as Hierarchies
+from jailmgr.runtime.cgroup_hierarchies import discover as discover
+from jailmgr.runtime.cgroup_hierarchies import read, relative, write
+from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES as DEFAULT_DEVICES
+from jailmgr.runtime.cgroup_limits import Limits as Limits
+from jailmgr.runtime.cgroup_limits import device_rules as device_rules
+from jailmgr.runtime.cgroup_limits import oom_kills as oom_kills
+from jailmgr.runtime.cgroup_limits import set_limits as set_limits
+from jailmgr.runtime.cgroup_limits import usage as usage
+from jailmgr.runtime.cgroup_processes import freeze as freeze
+from jailmgr.runtime.cgroup_processes import is_frozen as is_frozen
+from jailmgr.runtime.cgroup_processes import kill as kill
+from jailmgr.runtime.cgroup_processes import members as members
+from jailmgr.runtime.cgroup_processes import thaw as thaw
+from jailmgr.runtime.cgroup_processes import wait_event, wait_members
+
+PAYLOAD = "payload"
+EXEC = "payload/.exec"
+OUTSIDE = "exec"
+"""Leaf beside the payload for what is exec'd when the guest spoilt `.exec` (made it threaded, used up its groups)."""
+
+DELEGATED = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
+
+MAX_DESCENDANTS = 4096
+"""Groups a guest may make: each costs the host memory that is charged to nobody."""
+MAX_DEPTH = 32
+
+
+def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
+    """Make `ROOT/TENANT` in every hierarchy in use; fine if it is there. Raises JailmgrError.
+
+    v1's memory and others are hierarchical by themselves on every kernel from 5.11 on (memory.use_hierarchy is 1).
+    """
+    try:
+        for name in (root_name, f"{root_name}/{tenant}"):
+            for mount in h.mounts:
+                _make(f"{mount}/{relative(name)}")
+        if h.unified:
+            _enable(h, h.unified)
+            for name in (root_name, f"{root_name}/{tenant}"):
+                _make(f"{h.unified}/{relative(name)}")
+                _enable(h, f"{h.unified}/{relative(name)}")
+    except OSError as error:
+        raise from_os(f"cgroup {root_name}/{tenant}", error, _hint(error)) from error
+
+
+def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int) -> dict[str, str]:
+    """Make `ROOT/TENANT/JAIL`, with a payload that `base_uid` (the host uid and gid of the guest's root) may use.
+
+    The tenant's group must be there. What an earlier run left is removed first, its limits too. Returns controller to
+    directory, and `unified` to the payload's. Raises JailmgrError; `conflict` where the group still has processes.
+    """
+    path = relative(cgroup)
+    try:
+        if any(os.path.isdir(f"{mount}/{path}") for mount in (*h.mounts, h.unified) if mount):
+            remove(h, cgroup, timeout=0)
+        for mount in h.mounts:
+            _make(f"{mount}/{path}")
+        if h.unified:
+            _make(f"{h.unified}/{path}")
+            _enable(h, f"{h.unified}/{path}")
+            payload = f"{h.unified}/{path}/{PAYLOAD}"
+            _make(payload)
+            write(f"{payload}/cgroup.max.descendants", str(MAX_DESCENDANTS))
+            write(f"{payload}/cgroup.max.depth", str(MAX_DEPTH))
+            os.chown(payload, base_uid, base_uid)
+            for name in DELEGATED:
+                os.chown(f"{payload}/{name}", base_uid, base_uid)
+    except OSError as error:
+        raise from_os(f"cgroup {cgroup}", error, _hint(error)) from error
+    return directories(h, cgroup)
+
+
+def directories(h: Hierarchies, cgroup: str) -> dict[str, str]:
+    """Controller to the group's directory, for people; `unified` is the payload's."""
+    found = {controller: f"{mount}/{relative(cgroup)}" for controller, mount in h.v1.items()}
+    for controller in h.v2:
+        found[controller] = f"{h.unified}/{relative(cgroup)}"
+    if h.unified:
+        found["unified"] = f"{h.unified}/{relative(cgroup)}/{PAYLOAD}"
+    return found
+
+
+def _make(path: str) -> None:
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+
+
+def _enable(h: Hierarchies, path: str) -> None:
+    """Switch our controllers on for the children of a v2 group."""
+    if not h.v2:
+        return
+    there = read(f"{path}/cgroup.subtree_control").split()
+    wanted = " ".join(f"+{controller}" for controller in h.v2 if controller not in there)
+    if wanted:
+        write(f"{path}/cgroup.subtree_control", wanted)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "jailmgr needs root and a writable cgroup file system."
+    if error.errno == errno.EBUSY:
+        return "The cgroup above has processes of its own; inside a container, move them to a group below it first."
+    return ""
+
+
+def leaf_fd(h: Hierarchies, cgroup: str, leaf: str = PAYLOAD) -> int | None:
+    """Directory of a v2 leaf, for clone3(2)'s CLONE_INTO_CGROUP; None on a host without v2. The caller closes it.
+
+    `leaf`: PAYLOAD or EXEC; the latter is made when it isn't there, and stays root's, so that the guest can't set it up
+    in a way that keeps processes out. Where the guest did that with a directory of its own, clone3 fails with EBUSY,
+    EOPNOTSUPP or EAGAIN: OUTSIDE, which is always good, is for that. Raises JailmgrError.
+    """
+    if not h.unified:
+        return None
+    path = f"{h.unified}/{relative(cgroup)}/{leaf}"
+    try:
+        if leaf != PAYLOAD:
+            _make(path)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if leaf == EXEC:
+            return leaf_fd(h, cgroup, OUTSIDE)
+        raise from_os(f"cgroup {cgroup}", error) from error
+
+
+def join_self(h: Hierarchies, cgroup: str) -> None:
+    """Move the calling thread (the only one of its process) to the jail's v1 groups; some 0.2 ms. Raises JailmgrError.
+
+    Writing 0 to `tasks` needs no lock over all of the host's threads, as writing a pid or to cgroup.procs does.
+    """
+    try:
+        for mount in h.mounts:
+            write(f"{mount}/{relative(cgroup)}/tasks", "0")
+    except OSError as error:
+        raise from_os(f"joining cgroup {cgroup}", error) from error
+
+
+def join(h: Hierarchies, cgroup: str, pid: int, leaf: str = PAYLOAD) -> None:
+    """Move a process (0: the caller) to the jail's groups, on v2 to the leaf PAYLOAD or EXEC. Raises JailmgrError."""
+    try:
+        for mount in h.mounts:
+            write(f"{mount}/{relative(cgroup)}/cgroup.procs", str(pid))
+        if h.unified:
+            _join_leaf(f"{h.unified}/{relative(cgroup)}", pid, leaf)
+    except OSError as error:
+        raise from_os(f"joining cgroup {cgroup}", error) from error
+
+
+def _join_leaf(jail: str, pid: int, leaf: str) -> None:
+    try:
+        if leaf != PAYLOAD:
+            _make(f"{jail}/{leaf}")
+        write(f"{jail}/{leaf}/cgroup.procs", str(pid))
+    except OSError as error:
+        if leaf != EXEC or error.errno == errno.ESRCH:
+            raise
+        _join_leaf(jail, pid, OUTSIDE)
+
+
+def remove(h: Hierarchies, cgroup: str, timeout: float = 5.0) -> None:
+    """Remove the group with all below it, in every hierarchy, once its processes are gone. Fine if it isn't there.
+
+    Kills nothing. Raises JailmgrError, `conflict` where processes are left after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    path = relative(cgroup)
+    try:
+        if h.unified:
+            wait_event(f"{h.unified}/{path}", "populated", 0, deadline)
+        else:
+            wait_members(h, cgroup, deadline)
+        for mount in (*h.mounts, h.unified):
+            if mount:
+                _remove_tree(f"{mount}/{path}")
+    except OSError as error:
+        left = members(h, cgroup)
+        if error.errno == errno.EBUSY and left:
+            raise JailmgrError(
+                f"removing cgroup {cgroup}",
+                f"it has processes: {' '.join(map(str, left[:10]))}",
+                "Stop the jail first (stop --force kills all of it).",
+                "conflict",
+            ) from error
+        raise from_os(f"removing cgroup {cgroup}", error) from error
+
+
+def _remove_tree(path: str, at: int | None = None) -> None:
+    """rmdir(2) of a group, of those below it first. By directory fds, as `members` and for the same reason."""
+    try:
+        os.rmdir(path, dir_fd=at)
+        return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    except FileNotFoundError:
+        return
+    try:
+        with os.scandir(fd) as entries:
+            below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for name in below:
+            _remove_tree(name, fd)
+    finally:
+        os.close(fd)
+    try:
+        os.rmdir(path, dir_fd=at)
+    except FileNotFoundError:
+        return
+
+
+def list_groups(h: Hierarchies, root_name: str) -> list[str]:
+    """`ROOT/TENANT` and `ROOT/TENANT/JAIL` of every group there is in any hierarchy, parents first."""
+    found: set[str] = set()
+    for mount in (*h.mounts, h.unified):
+        if mount:
+            for tenant in _names(f"{mount}/{root_name}"):
+                group = f"{root_name}/{tenant}"
+                found.add(group)
+                found.update(f"{group}/{jail}" for jail in _names(f"{mount}/{relative(group)}"))
+    return sorted(found)
+
+
+def _names(path: str) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return ["tasks" if name == "tasks.d" else name for name in found]
+
+
+def remove_root(h: Hierarchies, root_name: str, timeout: float = 5.0) -> None:
+    """Remove all of our groups, as `remove` does. Raises JailmgrError where any has processes."""
+    remove(h, root_name, timeout)

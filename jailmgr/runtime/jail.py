@@ -1,0 +1,359 @@
+"""One jail in its supervisor: started, watched, stopped, started again; and what is told when it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from time import time
+from typing import Any
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime import cgroups, netlink, protocol, spawn
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import Bundle, load_bundle, write_json
+from jailmgr.runtime.cgroups import Hierarchies
+from jailmgr.runtime.console import Console, Log, Watcher
+from jailmgr.runtime.loop import Loop, Timer
+from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, write_state
+
+READY_MAX = 4096
+BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+REAP_SECONDS = 2.0
+STEADY_SECONDS = 60.0
+"""A jail that ran that long begins its back-off anew."""
+
+
+class Host:
+    """What the jails of a supervisor share."""
+
+    def __init__(self, loop: Loop, run: str, hierarchies: Hierarchies, changed: Callable[[Jail], None]) -> None:
+        self.loop = loop
+        self.run = run
+        self.hierarchies = hierarchies
+        self.changed = changed
+        self.boot_id = host_boot_id()
+        self._filters: dict[str, bytes] = {}
+
+    def filter(self, path: str) -> bytes:
+        """The compiled seccomp filter of that file; its name has its hash, so it never changes."""
+        if path and path not in self._filters:
+            with open(path, "rb") as file:
+                self._filters[path] = file.read()
+        return self._filters.get(path, b"")
+
+
+class Jail:
+    """A jail that runs, is about to be started again, or has just ended.
+
+    `waiters` are called with the JSON of how it ended, once; `ready_waiters` when its init says that it is up.
+    """
+
+    def __init__(self, host: Host, name: str, lib: str) -> None:
+        self.host = host
+        self.name = name
+        self.lib = lib
+        self.bundle: Bundle = load_bundle(lib)
+        self.log = Log(lib)
+        self.state: State | None = None
+        self.pidfd = -1
+        self.console: Console | None = None
+        self.waiters: list[Callable[[dict[str, Any]], None]] = []
+        self.ready_waiters: list[Callable[[], None]] = []
+        self._visit: spawn.Spawned | None = None
+        self._notify = -1
+        self._ours = False
+        self._stopping = ""
+        self._killed = False
+        self._reaped = False
+        self._reap_timer: Timer | None = None
+        self._kill_timer: Timer | None = None
+        self._start_timer: Timer | None = None
+        self._tries = 0
+
+    @property
+    def running(self) -> bool:
+        return self.state is not None
+
+    @property
+    def alive(self) -> bool:
+        """Running, or on its way there again."""
+        return self.running or self._start_timer is not None
+
+    def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None) -> None:
+        """From the bundle on disk to init exec'd. Raises JailmgrError, with nothing left of the attempt."""
+        self._begin(load_bundle(self.lib), restarts, stdio, None)
+
+    def visit(self, payload: spawn.Payload) -> None:
+        """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
+        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, restart="no")
+        self._begin(bundle, 0, None, payload)
+
+    def visit_result(self) -> dict[str, Any]:
+        """After a visit has ended: the error it met, or its exit."""
+        assert self._visit is not None
+        try:
+            spawn.result(self._visit)
+        except JailmgrError as error:
+            return {"error": error.as_dict()}
+        finally:
+            self._visit.control.close()
+            self._visit = None
+        return {"exit": {"code": 0}}
+
+    def _begin(self, bundle: Bundle, restarts: int, stdio: spawn.Stdio | None, payload: spawn.Payload | None) -> None:
+        if self._start_timer is not None:
+            self._start_timer.cancel()
+            self._start_timer = None
+        self.bundle, hierarchies = bundle, self.host.hierarchies
+        bpf = self.host.filter(bundle.seccomp)
+        try:
+            make_groups(hierarchies, bundle)
+            spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload)
+        except BaseException:
+            self.clear()
+            raise
+        self.pidfd, self._ours, self._stopping = spawned.pidfd, True, ""
+        self._killed = self._reaped = False
+        starttime = kernel.start_time(spawned.pid)
+        self.state = State(
+            spawned.pid, starttime or 0, time(), restarts, False,
+            cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id,
+        )  # fmt: skip
+        try:
+            write_state(self.host.run, self.name, self.state)
+            if payload is None:
+                spawn.release(spawned)
+            else:
+                self._visit = spawned
+                protocol.send(spawned.control, {})
+        except BaseException:
+            spawned.control.close()
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            os.close(self.pidfd)
+            for fd in (spawned.console, spawned.notify):
+                if fd is not None:
+                    os.close(fd)
+            self._forget()
+            self.clear()
+            raise
+        self._watch(spawned.console, spawned.notify)
+        self.host.changed(self)
+
+    def adopt(self, state: State, pidfd: int) -> None:
+        """Take over a jail whose supervisor died."""
+        self.state, self.pidfd, self._ours = state, pidfd, False
+        self.log.note("the supervisor was replaced; what the console showed meanwhile is lost")
+        self._watch(None, None)
+
+    def adopt_console(self, master: int) -> None:
+        """A new console for an adopted jail."""
+        if self.running and self.console is None:
+            self.console = Console(self.host.loop, master, self.log, lambda _: None)
+        else:
+            os.close(master)
+
+    def _watch(self, console: int | None, notify: int | None) -> None:
+        self.host.loop.watch(self.pidfd, lambda _: self._ended())
+        if console is not None:
+            self.console = Console(self.host.loop, console, self.log, lambda _: None)
+        if notify is not None:
+            self._notify = notify
+            self.host.loop.watch(notify, lambda _: self._told())
+
+    def _told(self) -> None:
+        """A datagram of sd_notify(3). The guest may send anything: only READY=1 means something, once."""
+        sock = socket.socket(fileno=os.dup(self._notify))
+        try:
+            words = sock.recv(READY_MAX).split(b"\n")
+        except OSError:
+            return
+        finally:
+            sock.close()
+        if b"READY=1" in words and self.state is not None:
+            self._close_notify()
+            self.state = self.state._replace(ready=True)
+            write_state(self.host.run, self.name, self.state)
+            waiting, self.ready_waiters = self.ready_waiters, []
+            for waiter in waiting:
+                waiter()
+
+    def stop(self, by_signal: str, timeout: float, force: bool) -> None:
+        """Ask init to end, and kill the jail when it hasn't after `timeout` seconds; at once with `force`."""
+        if self._start_timer is not None:
+            self._start_timer.cancel()
+            self._start_timer = None
+            self._settle({"kind": "exit", "at": time(), "by": "admin", "status": 0}, final=True)
+            return
+        if not self.running:
+            return
+        self._stopping = "admin"
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
+            self._kill_timer = None
+        if force or timeout <= 0:
+            self._kill()
+            return
+        cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal_number(by_signal))
+        except ProcessLookupError:
+            return
+        self._kill_timer = self.host.loop.after(timeout, self._kill)
+
+    def _kill(self) -> None:
+        """SIGKILL of process 1 takes all of its pid namespace along (pid_namespaces(7))."""
+        self._kill_timer = None
+        if self.running:
+            self._killed = True
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def _ended(self) -> None:
+        if self.state is None:
+            return
+        status = self._status()
+        if status is None and not (self._reaped or self._killed):
+            # An adopted init has ended, and its parent of now has not asked yet: its exit code comes with EPOLLHUP.
+            self._reaped = True
+            self.host.loop.watch(self.pidfd, lambda _: self._ended(), 0)
+            self._reap_timer = self.host.loop.after(REAP_SECONDS, self._ended)
+            return
+        if self._reap_timer is not None:
+            self._reap_timer.cancel()
+            self._reap_timer = None
+        state = self.state
+        ending = self._ending(status, state)
+        self.host.loop.forget(self.pidfd)
+        os.close(self.pidfd)
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
+            self._kill_timer = None
+        again = ending["kind"] == "reboot" and not self._stopping
+        failed = ending["kind"] in ("oom", "unknown", "signal") or (ending["kind"] == "exit" and ending["status"] != 0)
+        if not self._stopping and ending["kind"] != "reboot":
+            again = self.bundle.restart == "always" or (self.bundle.restart == "on-failure" and failed)
+        self._forget()
+        self.log.note(f"ended: {ending['kind']} by {ending['by']}")
+        self.clear()
+        if time() - state.started_at > STEADY_SECONDS:
+            self._tries = 0
+        if not again:
+            self._settle(ending, final=True)
+            return
+        write_json(f"{self.lib}/{LAST}", ending)
+        if ending["kind"] == "reboot" and self._tries == 0:
+            self._tries += 1
+            self._start_again(state.restarts + 1)
+        else:
+            self.start_later(state.restarts + 1)
+
+    def start_later(self, restarts: int) -> None:
+        """Start again after a pause that grows with each failure."""
+        wait = BACKOFF[min(self._tries, len(BACKOFF) - 1)]
+        self._tries += 1
+        self._start_timer = self.host.loop.after(wait, lambda: self._start_again(restarts))
+
+    def _start_again(self, restarts: int) -> None:
+        self._start_timer = None
+        try:
+            self.start(restarts)
+        except (JailmgrError, OSError) as error:
+            self.log.note(f"could not be started again: {error}")
+            self._settle({"kind": "failed", "at": time(), "by": "host", "status": 0, "why": str(error)}, final=True)
+
+    def _settle(self, ending: dict[str, Any], final: bool) -> None:
+        if self._visit is None:
+            write_json(f"{self.lib}/{LAST}", ending)
+        waiting, self.waiters = self.waiters, []
+        for waiter in waiting:
+            waiter(ending)
+        if final:
+            self.log.close()
+        self.host.changed(self)
+
+    def _status(self) -> int | None:
+        """Wait status (wait(2)); None where an adopted jail's can't be known."""
+        if self._ours:
+            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            if info is None:
+                return None
+            return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
+        return kernel.pidfd_exit_status(self.pidfd)
+
+    def _ending(self, status: int | None, state: State) -> dict[str, Any]:
+        """What a wait status means for process 1 of a pid namespace (reboot(2), "Behavior inside PID namespaces")."""
+        ended: dict[str, Any] = {"at": time(), "by": self._stopping or "guest", "status": 0}
+        if status is None:
+            return ended | {"kind": "unknown", "by": self._stopping or "host"}
+        if status == signal.SIGKILL and not self._stopping:
+            if cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills:
+                return ended | {"kind": "oom", "by": "kernel", "status": status}
+            if self._ours:
+                return ended | {"kind": "signal", "by": "host", "status": status}
+        if status in (0, signal.SIGKILL) and not self._ours and not self._killed:
+            # The INT or HUP that reboot(2) leaves is told to init's parent only, which is not us.
+            return ended | {"kind": "poweroff" if self._stopping else "unknown"}
+        if os.WIFEXITED(status):
+            return ended | {"kind": "exit", "status": os.WEXITSTATUS(status)}
+        number = os.WTERMSIG(status)
+        if number == signal.SIGINT:
+            return ended | {"kind": "poweroff"}
+        if number == signal.SIGHUP:
+            return ended | {"kind": "reboot"}
+        return ended | {"kind": "signal", "status": number}
+
+    def _close_notify(self) -> None:
+        if self._notify >= 0:
+            self.host.loop.forget(self._notify)
+            os.close(self._notify)
+            self._notify = -1
+
+    def _forget(self) -> None:
+        """The process is gone: so are its console, its notify socket and its state."""
+        self.state, self.pidfd = None, -1
+        self._close_notify()
+        if self.console is not None:
+            self.console.close()
+            self.console = None
+        self.ready_waiters.clear()
+
+    def clear(self) -> None:
+        """Take away what a run of it used; the state file last, which tells a next supervisor to do this."""
+        for nic in self.bundle.nics:
+            netlink.detach(nic["veth"])
+        cgroups.kill(self.host.hierarchies, self.bundle.cgroup)
+        cgroups.remove(self.host.hierarchies, self.bundle.cgroup)
+        remove_state(self.host.run, self.name)
+
+    def watch_console(self, sock: socket.socket, typed: bool) -> None:
+        """Show the console on `sock`; with `typed`, type what comes from it."""
+        if self.console is None:
+            raise JailmgrError(f"console of {self.name}", "there is none now", "", "conflict")
+        self.console.add(Watcher(sock, typed))
+
+
+def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
+    """The jail's cgroups with their limits, below its tenant's."""
+    root, tenant, _ = bundle.cgroup.split("/")
+    cgroups.tenant_group(hierarchies, root, tenant)
+    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base)
+    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+    cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
+
+
+def signal_number(name: str) -> int:
+    """Number of `SIGTERM`, `SIGRTMIN+3` or `15` (signal(7)); JailmgrError on anything else."""
+    base, _, more = name.partition("+")
+    if name.isascii() and name.isdigit() and 0 < int(name) < 65:
+        return int(name)
+    try:
+        number = int(signal.Signals[base]) + (int(more) if more else 0)
+    except (KeyError, ValueError):
+        number = 0
+    if not 0 < number < 65:
+        raise JailmgrError("signal", f"{name} is none", "", "invalid")
+    return number

@@ -1,0 +1,100 @@
+"""The last steps before a program of the jail begins, alike for init and for what is exec'd: limits, privileges, exec.
+
+Everything here runs in a forked child with the jail's namespaces. The module path is emptied there, for an import
+after pivot_root or setns would run the guest's files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime import capabilities, seccomp
+from jailmgr.runtime import syscalls as kernel
+
+_DEFAULT_LIMITS = (
+    resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC,
+    resource.RLIMIT_RSS,
+)  # fmt: skip
+
+
+def trap(what: str, tell: Callable[[dict[str, Any]], None], work: Callable[[], object]) -> NoReturn:
+    """Run `work` as the whole life of a forked child: what it raises is told, nothing returns to the parent's code."""
+    status = 1
+    try:
+        work()
+        status = 0
+    except JailmgrError as error:
+        tell({"error": error.as_dict()})
+    except OSError as error:
+        tell({"error": from_os(what, error).as_dict()})
+    except BaseException as error:  # noqa: BLE001 - the last frame of a process
+        tell({"error": JailmgrError(what, repr(error)).as_dict()})
+    finally:
+        os._exit(status)
+
+
+def shut_imports() -> None:
+    """No module is loaded from here on."""
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_importer_cache.clear()
+
+
+def reset_signals() -> None:
+    """Default actions and an empty mask: Python ignores SIGPIPE and SIGXFSZ, and exec keeps what is ignored."""
+    for number in signal.valid_signals():
+        try:
+            signal.signal(number, signal.SIG_DFL)
+        except (OSError, ValueError):
+            continue
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def set_limits(rlimits: list[tuple[str, int, int]]) -> None:
+    """Resource limits of a fresh boot, as far as this host's root may raise them (setrlimit(2))."""
+    for which in _DEFAULT_LIMITS:
+        _set_limit(which, resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    for name, soft, hard in rlimits:
+        _set_limit(getattr(resource, name), soft, hard)
+
+
+def _set_limit(which: int, soft: int, hard: int) -> None:
+    most = resource.getrlimit(which)[1]
+    try:
+        resource.setrlimit(which, (soft, hard))
+    except (ValueError, OSError):
+        if most != resource.RLIM_INFINITY:
+            hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
+            soft = hard if soft == resource.RLIM_INFINITY else min(soft, hard)
+        resource.setrlimit(which, (soft, hard))
+
+
+def become(keep: list[str], bpf: bytes) -> None:
+    """A new session keyring, the bounding set, and last the filter."""
+    kernel.join_new_keyring()
+    capabilities.drop(keep)
+    if bpf:
+        seccomp.load(bpf)
+
+
+def execute(args: list[str], env: dict[str, str]) -> NoReturn:
+    """execve(2), searched for in the environment's PATH; the OSError of the best candidate when none can run."""
+    program, worst = args[0], FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), args[0])
+    found: OSError = worst
+    folders = [""] if "/" in program else [f"{folder}/" for folder in env.get("PATH", "").split(":") if folder]
+    for folder in folders:
+        try:
+            os.execve(f"{folder}{program}", args, env)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            found = error
+            found.filename = program
+    raise found

@@ -1,0 +1,235 @@
+"""`exec`, `shell` and `console` from the caller's side: its terminal, signals and fds, joined to a jail's.
+
+The caller's own terminal never goes into the jail: with a tty the jail has a pty of its own devpts, whose master is
+relayed to here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import termios
+import tty
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.runtime import protocol
+from jailmgr.runtime.attach import Supervisor, connect_running
+
+CANNOT, NOT_FOUND = 126, 127
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_NULL = os.makedev(1, 3)
+_ENOENT = 2
+_DETACH = b"\x1d\x1d\x1d"
+"""ctrl-] three times."""
+
+
+class CannotRunError(JailmgrError):
+    """The command itself could not be run; `exit_status` is 126, or 127 where there is none of that name."""
+
+    def __init__(self, error: JailmgrError, exit_status: int) -> None:
+        super().__init__(error.what, error.why, error.hint, error.code)
+        self.exit_status = exit_status
+
+
+def exec_(
+    root: Root,
+    tenant: str,
+    jail: str,
+    argv: list[str],
+    *,
+    user: str | None = None,
+    cwd: str | None = None,
+    env: dict[str, str] | None = None,
+    tty: bool | None = None,
+    login: bool = False,
+) -> int:
+    """Run a command in a jail to its end: its exit status, or 128+N for signal N.
+
+    `tty` None: when stdin and stdout are terminals. Raises CannotRunError, or JailmgrError where jailmgr failed.
+    """
+    tty = os.isatty(0) and os.isatty(1) if tty is None else tty
+    request: dict[str, Any] = {"jail": jail, "args": argv, "env": dict(env or {}), "user": user, "cwd": cwd}
+    request |= {"tty": tty, "login": login}
+    if tty:
+        request["env"].setdefault("TERM", os.environ.get("TERM", "linux"))
+    with connect_running(root, tenant, jail) as supervisor, ExitStack() as undo:
+        relay = _Relay(supervisor)
+        undo.callback(relay.close)
+        if tty:
+            supervisor.tell("exec", [], **request)
+        else:
+            passed = [relay.passable(fd, undo) for fd in (0, 1, 2)]
+            supervisor.tell("exec", passed, **request)
+            relay.close_passed()
+        relay.forward_signals(undo, tty)
+        return relay.run(undo)
+
+
+class _Relay:
+    """Copies between our fds and the jail's until the supervisor says that the command has ended."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._routes: dict[int, int] = {}
+        self._passed: list[int] = []
+        self._master = -1
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wake.setblocking(False)
+
+    def close(self) -> None:
+        self._woken.close()
+        self._wake.close()
+
+    def passable(self, fd: int, undo: ExitStack) -> int:
+        """`fd` itself where it may go into a jail, else one end of a pipe whose other end is relayed."""
+        try:
+            status = os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            self._passed.append(null)
+            return null
+        mode = status.st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and status.st_rdev == _NULL):
+            return fd
+        ear, mouth = os.pipe()
+        theirs, ours = (ear, mouth) if fd == 0 else (mouth, ear)
+        self._passed.append(theirs)
+        self._routes[0 if fd == 0 else ours] = ours if fd == 0 else fd
+        return theirs
+
+    def close_passed(self) -> None:
+        protocol.close_all(self._passed)
+        self._passed.clear()
+
+    def forward_signals(self, undo: ExitStack, tty: bool) -> None:
+        """Signals to us go to the command; the wake-up fd takes them out of handlers (signal(3), set_wakeup_fd)."""
+        old_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        undo.callback(signal.set_wakeup_fd, old_fd)
+        for number in (*_FORWARDED, signal.SIGWINCH):
+            undo.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+
+    def run(self, undo: ExitStack) -> int:
+        control, done = self._supervisor.sock.fileno(), None
+        poll = select.poll()
+        poll.register(control, select.POLLIN)
+        poll.register(self._woken.fileno(), select.POLLIN)
+        for source in self._routes:
+            poll.register(source, select.POLLIN)
+        while done is None or any(source != 0 and source != self._master for source in self._routes):
+            for fd, _ in poll.poll():
+                if fd == control:
+                    said = self._supervisor.hear_any()
+                    if "exit" in said.body or "error" in said.body:
+                        done = said.body
+                        poll.unregister(control)
+                    elif said.fds:
+                        self._take_terminal(said.fds[0], poll, undo)
+                elif fd == self._woken.fileno():
+                    self._signalled(self._woken.recv(64))
+                elif not _copy(fd, self._routes[fd]):
+                    poll.unregister(fd)
+                    target = self._routes.pop(fd)
+                    if fd == 0 and target != self._master:
+                        os.close(target)
+        if self._master >= 0:
+            os.set_blocking(self._master, False)
+            while _copy(self._master, 1):
+                pass
+        return _exit_status(done)
+
+    def _take_terminal(self, master: int, poll: select.poll, undo: ExitStack) -> None:
+        self._master = master
+        os.set_blocking(master, True)
+        undo.callback(os.close, master)
+        self._resize()
+        if os.isatty(0):
+            raw_terminal(undo)
+        self._routes[0], self._routes[master] = master, 1
+        poll.register(0, select.POLLIN)
+        poll.register(master, select.POLLIN)
+
+    def _signalled(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number == signal.SIGWINCH:
+                self._resize()
+            elif number in _FORWARDED:
+                self._supervisor.tell("signal", signal=number)
+
+    def _resize(self) -> None:
+        if self._master >= 0 and os.isatty(0):
+            size = fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8)
+            fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
+
+
+def _copy(source: int, target: int) -> bool:
+    """Pass on what is there; False at its end, or when nobody takes it."""
+    try:
+        data = os.read(source, 65536)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(target, view) :]
+    except OSError:
+        return False
+    return bool(data)
+
+
+def _exit_status(done: dict[str, Any]) -> int:
+    if "exit" in done:
+        ended = done["exit"]
+        return int(ended["code"]) if "code" in ended else 128 + int(ended["signal"])
+    error = from_dict(done["error"])
+    if "errno" in done:
+        raise CannotRunError(error, NOT_FOUND if done["errno"] == _ENOENT else CANNOT)
+    raise error
+
+
+def raw_terminal(undo: ExitStack) -> None:
+    """Our terminal raw until `undo` (termios(3))."""
+    before = termios.tcgetattr(0)
+    undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, before)
+    tty.setraw(0)
+
+
+def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> None:
+    """The jail's console on our terminal until ctrl-] three times, or until it ends. `said` gets words for the user."""
+    with connect_running(root, tenant, jail) as supervisor, ExitStack() as undo:
+        answer = supervisor.ask("console", jail=jail, typed=True)
+        stream = socket.socket(fileno=answer.fds[0])
+        undo.callback(stream.close)
+        said(f"Console of {jail}: ctrl-] three times leaves it.")
+        if os.isatty(0):
+            size = fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8)
+            rows, columns = int.from_bytes(size[:2], "little"), int.from_bytes(size[2:4], "little")
+            supervisor.tell("window", rows=rows, columns=columns)
+            raw_terminal(undo)
+        _join_console(stream)
+
+
+def _join_console(stream: socket.socket) -> None:
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    poll.register(stream.fileno(), select.POLLIN)
+    last = b""
+    while True:
+        for fd, _ in poll.poll():
+            if fd != 0:
+                if not _copy(fd, 1):
+                    return
+                continue
+            typed = os.read(0, 4096)
+            last = (last + typed)[-len(_DETACH) :]
+            if last == _DETACH:
+                return
+            if typed:
+                stream.sendall(typed)
+            else:
+                poll.unregister(0)

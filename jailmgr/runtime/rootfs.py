@@ -1,0 +1,223 @@
+"""A jail's mounts, made from within its user and mount namespace: layers, kernel file systems, devices, masks.
+
+Runs in the child that becomes init, with the host's root still in sight. All mounts are made detached and attached
+by fd, so that no path in the jail's (untrusted) tree is ever followed out of it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
+from jailmgr.runtime.pty import Pty, open_pty
+
+_ATTRIBUTES = {
+    "ro": kernel.MOUNT_ATTR_RDONLY,
+    "nosuid": kernel.MOUNT_ATTR_NOSUID,
+    "nodev": kernel.MOUNT_ATTR_NODEV,
+    "noexec": kernel.MOUNT_ATTR_NOEXEC,
+}
+_INSIDE = kernel.RESOLVE_IN_ROOT | kernel.RESOLVE_NO_MAGICLINKS
+_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+    "ptmx": "pts/ptmx",
+}
+NOTIFY = "/run/host/notify"
+"""Where init tells that it is up; the path is the container interface's of systemd."""
+
+
+def idmap(path: str, userns_fd: int, read_only: bool) -> int:
+    """A detached mount of `path` whose owners, 0-based on disk, are mapped by the jail's user namespace.
+
+    Called in the host's user namespace (mount_setattr(2), MOUNT_ATTR_IDMAP).
+    """
+    fd = kernel.open_tree(path)
+    try:
+        attributes = kernel.MOUNT_ATTR_IDMAP | (kernel.MOUNT_ATTR_RDONLY if read_only else 0)
+        kernel.mount_setattr(fd, attributes, kernel.MOUNT_ATTR_NOSUID, userns_fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def assemble(lower_fd: int | None, volume_fd: int) -> int:
+    """The root file system, attached out of everyone's way: overlay of both, or the volume itself. Its O_PATH fd.
+
+    The overlay is mounted in the user namespace, with `userxattr`: mounted by the host's root over idmapped layers
+    it would go read-only, for uid 0 has no mapping there.
+    """
+    scratch = kernel.fsmount(
+        "tmpfs", {"mode": "700", "size": "64k"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
+    )
+    top = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    kernel.move_mount(scratch, top)
+    os.close(top)
+    for name in ("lower", "volume", "root"):
+        os.mkdir(name, 0o700, dir_fd=scratch)
+    os.fchdir(scratch)
+    if lower_fd is None:
+        kernel.move_mount(volume_fd, scratch, "root")
+    else:
+        kernel.move_mount(lower_fd, scratch, "lower")
+        kernel.move_mount(volume_fd, scratch, "volume")
+        layers = {"lowerdir": "lower", "upperdir": "volume/upper", "workdir": "volume/work", "userxattr": None}
+        overlay = kernel.fsmount("overlay", layers)
+        kernel.move_mount(overlay, scratch, "root")
+        os.close(overlay)
+    root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=scratch)
+    os.close(scratch)
+    return root
+
+
+def populate(root: int, bundle: Bundle) -> None:
+    """Kernel file systems, devices and masks, as the bundle lists them."""
+    for mount in bundle.mounts:
+        _mount(root, mount)
+    if any(mount.target == "/dev" for mount in bundle.mounts):
+        _devices(root)
+    _new_boot_id(root)
+    for path in bundle.masked:
+        _mask(root, path.lstrip("/"))
+    for path in bundle.readonly:
+        _read_only(root, path.lstrip("/"))
+
+
+def open_console(root: int) -> Pty:
+    """A pty of the jail's own devpts, its slave on /dev/console as well."""
+    pty = open_pty("dev/pts/ptmx", root)
+    slave = kernel.open_tree(f"dev/pts/{pty.number}", root)
+    with_file = _touch(root, "dev/console")
+    kernel.move_mount(slave, with_file)
+    os.close(with_file)
+    os.close(slave)
+    return pty
+
+
+def open_notify(root: int) -> int:
+    """A datagram socket at `NOTIFY` (sd_notify(3)); the fd of its receiving end."""
+    os.close(_directory(root, os.path.dirname(NOTIFY).lstrip("/")))
+    os.fchdir(root)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    sock.bind(NOTIFY.lstrip("/"))
+    return sock.detach()
+
+
+def enter(root: int) -> None:
+    """Make it the root, and let go of the host's (pivot_root(2), the "." form).
+
+    Two mounts lie on it then: the host's root, and on that the one `assemble` built in. setns(2) enters at the topmost
+    mount, so JailmgrError unless that is the jail's own.
+    """
+    os.fchdir(root)
+    kernel.pivot_root(".", ".")
+    for _ in ("scratch", "host"):
+        kernel.umount(".", kernel.MNT_DETACH)
+    os.chdir("/")
+    if not os.path.samestat(os.stat("/.."), os.fstat(root)):
+        raise JailmgrError("start", "another mount lies on the jail's root")
+
+
+def _directory(root: int, path: str) -> int:
+    """O_PATH fd of a directory in the jail's tree, made where it is missing."""
+    flags = os.O_PATH | os.O_DIRECTORY
+    if not path:
+        return os.dup(root)
+    try:
+        return kernel.openat2(root, path, flags, _INSIDE)
+    except FileNotFoundError:
+        parent = _directory(root, os.path.dirname(path))
+        try:
+            os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
+        finally:
+            os.close(parent)
+        return kernel.openat2(root, path, flags, _INSIDE)
+
+
+def _touch(root: int, path: str) -> int:
+    """O_PATH fd of a new, empty file."""
+    os.close(kernel.openat2(root, path, os.O_CREAT | os.O_WRONLY, _INSIDE, 0o600))
+    return kernel.openat2(root, path, os.O_PATH, _INSIDE)
+
+
+def _mount(root: int, mount: Mount) -> None:
+    attributes, options = 0, dict[str, str | None]()
+    for option in mount.options:
+        if option in _ATTRIBUTES:
+            attributes |= _ATTRIBUTES[option]
+        else:
+            key, is_pair, value = option.partition("=")
+            options[key] = value if is_pair else None
+    target = _directory(root, mount.target.lstrip("/"))
+    made = kernel.fsmount(mount.kind, options, attributes)
+    kernel.move_mount(made, target)
+    os.close(target)
+    os.close(made)
+
+
+def _devices(root: int) -> None:
+    for name in DEVICES:
+        node, target = kernel.open_tree(f"/dev/{name}"), _touch(root, f"dev/{name}")
+        kernel.move_mount(node, target)
+        os.close(node)
+        os.close(target)
+    dev = _directory(root, "dev")
+    for link, target_path in _LINKS.items():
+        os.symlink(target_path, link, dir_fd=dev)
+    os.close(dev)
+
+
+def _new_boot_id(root: int) -> None:
+    """A boot id of the jail's own, so that its journal tells one boot from another (as systemd-nspawn does)."""
+    scratch = kernel.fsmount("tmpfs", {"size": "4k", "mode": "755"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV)
+    fd = os.open("boot_id", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o444, dir_fd=scratch)
+    with open("/proc/sys/kernel/random/uuid", "rb", buffering=0) as random:
+        os.write(fd, random.read(64))
+    os.close(fd)
+    place = _directory(root, "dev/shm")
+    kernel.move_mount(scratch, place)
+    os.close(place)
+    file = kernel.open_tree("boot_id", scratch)
+    kernel.mount_setattr(file, kernel.MOUNT_ATTR_RDONLY)
+    target = kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE)
+    kernel.move_mount(file, target)
+    for open_fd in (file, target):
+        os.close(open_fd)
+    os.fchdir(scratch)
+    os.close(scratch)
+    kernel.umount(".", kernel.MNT_DETACH)
+
+
+def _mask(root: int, path: str) -> None:
+    try:
+        target = kernel.openat2(root, path, os.O_PATH, _INSIDE)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(os.fstat(target).st_mode):
+        cover = kernel.fsmount(
+            "tmpfs", {"size": "0", "mode": "755"}, kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NODEV
+        )
+    else:
+        cover = kernel.open_tree("/dev/null")
+    kernel.move_mount(cover, target)
+    os.close(cover)
+    os.close(target)
+
+
+def _read_only(root: int, path: str) -> None:
+    try:
+        target = kernel.openat2(root, path, os.O_PATH, _INSIDE)
+    except FileNotFoundError:
+        return
+    same = kernel.open_tree(path, root)
+    kernel.mount_setattr(same, kernel.MOUNT_ATTR_RDONLY)
+    kernel.move_mount(same, target)
+    os.close(same)
+    os.close(target)

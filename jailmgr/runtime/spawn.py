@@ -1,0 +1,276 @@
+"""From a bundle to a running init: the processes and namespaces in between.
+
+    supervisor ── fork ─▶ outer ── clone(CLONE_PARENT) ─▶ init
+
+`outer` takes the tenant's host uid, makes the user namespace (so that the kernel's per-user counts are the tenant's)
+and the others, and ends; init is the supervisor's own child. No mount is made in the host's mount namespace and
+nothing has a name until init runs, so that a kill of anyone at any line leaves at most empty cgroups.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.runtime import capabilities, cgroups, netlink, process, protocol, rootfs
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import Bundle
+from jailmgr.runtime.cgroups import Hierarchies
+from jailmgr.runtime.pty import check_master, make_controlling
+
+STEP_SECONDS = 30.0
+"""How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
+_NAMESPACES = (
+    kernel.CLONE_NEWNS
+    | kernel.CLONE_NEWUTS
+    | kernel.CLONE_NEWIPC
+    | kernel.CLONE_NEWPID
+    | kernel.CLONE_NEWNET
+    | kernel.CLONE_NEWCGROUP
+    | kernel.CLONE_NEWTIME
+)
+
+
+class Spawned(NamedTuple):
+    """A process that waits for `release` as process 1 of its jail. The fds are the receiver's."""
+
+    pid: int
+    pidfd: int
+    control: socket.socket
+    console: int | None
+    notify: int | None
+
+
+class Stdio(NamedTuple):
+    """fds 0 to 2 of a jail without a terminal."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class Payload(NamedTuple):
+    """A Python function that runs in place of init, and the fds it needs."""
+
+    work: Callable[[], None]
+    fds: list[int]
+
+
+def spawn(
+    bundle: Bundle, hierarchies: Hierarchies, bpf: bytes, stdio: Stdio | None = None, payload: Payload | None = None
+) -> Spawned:
+    """Build a jail up to the point where only the exec is missing.
+
+    The jail's cgroups are there. Raises JailmgrError with the step that failed; nothing is left of the attempt then.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(STEP_SECONDS)
+    leaf = cgroups.leaf_fd(hierarchies, bundle.cgroup)
+    outer = kernel.fork_into(leaf)
+    if outer == 0:
+        ours.close()
+
+        def build() -> None:
+            cgroups.join_self(hierarchies, bundle.cgroup)
+            _outer(theirs, bundle, bpf, stdio, payload)
+
+        process.trap("start", partial(protocol.send, theirs), build)
+    theirs.close()
+    if leaf is not None:
+        os.close(leaf)
+    told: dict[str, protocol.Message] = {}
+    try:
+        _lead(ours, outer, bundle)
+        while len(told) < 2:
+            said = _hear(ours, "mounted")
+            told[said.body["step"]] = said
+        os.waitpid(outer, 0)
+        pid, fds = told["cloned"].body["pid"], told["mounted"].fds
+        console = fds[0] if bundle.terminal and payload is None else None
+        if console is not None:
+            check_master(console)
+        return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
+    except BaseException:
+        _abandon(ours, outer, told)
+        for nic in bundle.nics:
+            netlink.detach(nic["veth"])
+        raise
+
+
+def _lead(ours: socket.socket, outer: int, bundle: Bundle) -> None:
+    """Our side of the steps up to the clone, and the network beside what follows it."""
+    _hear(ours, "userns")
+    layers = _map(outer, bundle)
+    try:
+        protocol.send(ours, {}, layers)
+    finally:
+        protocol.close_all(layers)
+    _hear(ours, "unshared")
+    _start_clocks(outer)
+    netns = os.open(f"/proc/{outer}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        protocol.send(ours, {})
+        for nic in bundle.nics:
+            netlink.attach(nic, netns)
+    finally:
+        os.close(netns)
+
+
+def _abandon(ours: socket.socket, outer: int, told: dict[str, protocol.Message]) -> None:
+    """End what a failed start has begun. Both processes end by themselves when they hear no more from us."""
+    ours.shutdown(socket.SHUT_WR)
+    heard = list(told.values())
+    try:
+        while (said := protocol.receive(ours)) is not None:
+            heard.append(said)
+    except (OSError, ValueError):
+        pass
+    ours.close()
+    for said in heard:
+        protocol.close_all(said.fds)
+    for pid in (outer, *(said.body["pid"] for said in heard if "pid" in said.body)):
+        try:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            continue
+
+
+def release(spawned: Spawned) -> None:
+    """Let init begin; returns when it was exec'd. Raises JailmgrError when it could not be."""
+    try:
+        protocol.send(spawned.control, {})
+        result(spawned)
+    finally:
+        spawned.control.close()
+
+
+def result(spawned: Spawned) -> None:
+    """What process 1 has said since its release; returns at the exec, or at the end of a payload that did well."""
+    said = protocol.receive(spawned.control)
+    if said is not None:
+        raise from_dict(said.body["error"])
+
+
+def _hear(sock: socket.socket, step: str) -> protocol.Message:
+    try:
+        said = protocol.receive(sock)
+    except TimeoutError:
+        raise JailmgrError("start", f"nothing heard for {STEP_SECONDS:.0f} s while waiting for {step}") from None
+    if said is None:
+        raise JailmgrError("start", f"the child ended before {step} (killed, or out of its memory limit)")
+    if "error" in said.body:
+        raise from_dict(said.body["error"])
+    return said
+
+
+def _map(outer: int, bundle: Bundle) -> list[int]:
+    """Write the id maps of the new user namespace and map the layers by it: the fds of lower (if any) and volume."""
+    for kind in ("uid", "gid"):
+        fd = os.open(f"/proc/{outer}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
+        finally:
+            os.close(fd)
+    userns = os.open(f"/proc/{outer}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    layers: list[int] = []
+    try:
+        if bundle.lower:
+            layers.append(rootfs.idmap(bundle.lower, userns, read_only=True))
+        layers.append(rootfs.idmap(bundle.volume, userns, read_only=False))
+    except BaseException:
+        protocol.close_all(layers)
+        raise
+    finally:
+        os.close(userns)
+    return layers
+
+
+def _start_clocks(outer: int) -> None:
+    """The jail's uptime begins at 0 (time_namespaces(7)); written from here, since `outer` is not dumpable."""
+    with open("/proc/uptime", "rb") as file:
+        seconds = int(file.read().split(b".")[0])
+    fd = os.open(f"/proc/{outer}/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, f"monotonic -{seconds} 0\nboottime -{seconds} 0\n".encode())
+    finally:
+        os.close(fd)
+
+
+def _outer(sock: socket.socket, bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None) -> None:
+    kernel.close_all_but(sock.fileno(), *(stdio or ()), *(payload.fds if payload else ()))
+    process.shut_imports()
+    process.reset_signals()
+    os.umask(0o022)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    capabilities.keep_over_uid_change(bundle.uid)
+    kernel.unshare(kernel.CLONE_NEWUSER)
+    protocol.send(sock, {"step": "userns"})
+    layers = _go(sock).fds
+    os.setresgid(0, 0, 0)
+    os.setgroups([])
+    os.setresuid(0, 0, 0)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.unshare(_NAMESPACES)
+    protocol.send(sock, {"step": "unshared"})
+    _go(sock)
+    pid = kernel.clone(kernel.CLONE_PARENT)
+    if pid == 0:
+        process.trap(
+            "start", lambda said: protocol.send(sock, said), lambda: _init(sock, layers, bundle, bpf, stdio, payload)
+        )
+    protocol.send(sock, {"step": "cloned", "pid": pid})
+
+
+def _go(sock: socket.socket) -> protocol.Message:
+    """The supervisor's next word; without one it is gone, and so are we."""
+    said = protocol.receive(sock)
+    if said is None:
+        os._exit(1)
+    return said
+
+
+def _init(
+    sock: socket.socket,
+    layers: list[int],
+    bundle: Bundle,
+    bpf: bytes,
+    stdio: Stdio | None,
+    payload: Payload | None,
+) -> None:
+    kernel.mount_propagation_private()
+    kernel.sethostname(bundle.hostname)
+    root = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
+    rootfs.populate(root, bundle)
+    shown: list[int] = []
+    console = rootfs.open_console(root) if bundle.terminal and payload is None else None
+    if console is not None:
+        shown.append(console.master)
+    env = dict(bundle.env)
+    if bundle.notify and payload is None:
+        shown.append(rootfs.open_notify(root))
+        env["NOTIFY_SOCKET"] = rootfs.NOTIFY
+    rootfs.enter(root)
+    protocol.send(sock, {"step": "mounted"}, shown)
+    _go(sock)
+    protocol.close_all(shown)
+    if payload is not None:
+        payload.work()
+        return
+    _stand_on(console.slave if console else None, stdio)
+    process.set_limits(bundle.rlimits)
+    process.become(bundle.capabilities, bpf)
+    process.execute(bundle.args, env)
+
+
+def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
+    if slave is not None:
+        make_controlling(slave)
+        return
+    os.setsid()
+    for target, fd in enumerate(stdio or ()):
+        os.dup2(fd, target)

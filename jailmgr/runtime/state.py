@@ -1,0 +1,93 @@
+"""What a tenant's runtime directory and a jail's own say about it: small JSON files anyone may read.
+
+RUN/tenants/TENANT/JAIL.json exists while the jail runs, LIB/jails/TENANT/JAIL/last.json tells how it last ended.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from jailmgr.config import Root
+from jailmgr.runtime.bundle import read_json, write_json
+from jailmgr.runtime.syscalls import Process, start_time
+
+VERSION = 1
+LAST = "last.json"
+SOCKET = "supervisor.sock"
+LOCK = "supervisor.lock"
+SUPERVISOR_LOG = "supervisor.log"
+
+
+class State(NamedTuple):
+    """A running jail. `starttime` as in syscalls.Process; times are seconds since the epoch."""
+
+    pid: int
+    starttime: int
+    started_at: float
+    restarts: int
+    ready: bool
+    """Init has told that the system is up."""
+    oom_kills: int
+    """Of its cgroup when it started."""
+    cgroup: str
+    lib: str
+    boot_id: str
+    """Of the host: a file from before a reboot tells of no process of today."""
+    version: int = VERSION
+
+
+def host_boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def write_state(run: str, jail: str, state: State) -> None:
+    write_json(f"{run}/{jail}.json", state._asdict())
+
+
+def load_state(run: str, jail: str) -> State | None:
+    """The file's content, whatever has become of the process; None when there is none or it isn't one of ours."""
+    content = read_json(f"{run}/{jail}.json")
+    if content is None or content.get("version") != VERSION:
+        return None
+    try:
+        return State(**content)
+    except TypeError:
+        return None
+
+
+def remove_state(run: str, jail: str) -> None:
+    try:
+        os.unlink(f"{run}/{jail}.json")
+    except FileNotFoundError:
+        pass
+
+
+def read_state(root: Root, tenant: str, jail: str) -> State | None:
+    """A running jail's state; None when its init isn't alive."""
+    state = load_state(root.tenant_run(tenant), jail)
+    return state if state is not None and start_time(state.pid) == state.starttime else None
+
+
+def running_jails(root: Root, tenant: str) -> list[str]:
+    """Names of the jails with a state file: one directory read, however many are stopped."""
+    try:
+        names = os.listdir(root.tenant_run(tenant))
+    except FileNotFoundError:
+        return []
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+
+
+def read_last(root: Root, tenant: str, jail: str) -> dict[str, Any] | None:
+    """How the jail last ended: kind, at, by, status (model.Ending)."""
+    return read_json(f"{root.jail_lib(tenant, jail)}/{LAST}")
+
+
+def supervisor_process(root: Root, tenant: str) -> Process | None:
+    """The tenant's supervisor, by the lock file it holds; None when it isn't alive."""
+    content = read_json(f"{root.tenant_run(tenant)}/{LOCK}")
+    if content is None:
+        return None
+    process = Process(int(content.get("pid", 0)), int(content.get("starttime", -1)))
+    return process if start_time(process.pid) == process.starttime else None

@@ -1,0 +1,154 @@
+"""The supervisor of a tenant: parent of its jails' inits, keeper of their consoles, door for `exec`.
+
+Standard library only, one thread, one event loop. It needs neither the engine nor the store: a jail is started from
+its config.json, and what runs is told by RUN/JAIL.json. Killed, its jails live on and the next one adopts them.
+It ends when it has no jail and nobody is connected.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime import cgroups, process, protocol
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.adopt import adopt_all
+from jailmgr.runtime.jail import Host, Jail
+from jailmgr.runtime.loop import Loop
+from jailmgr.runtime.session import Session
+from jailmgr.runtime.state import LOCK, SOCKET, SUPERVISOR_LOG
+from jailmgr.runtime.syscalls import Process, start_time
+
+LOG_MAX = 256 * 1024
+
+
+class Supervisor:
+    """The listening socket, its sessions and the jails."""
+
+    def __init__(self, run: str, listener: socket.socket) -> None:
+        self.loop = Loop()
+        self.host = Host(self.loop, run, cgroups.discover(), self._changed)
+        self.jails: dict[str, Jail] = {}
+        self._listener = listener
+        self._sessions: set[Session] = set()
+        self._asked = False
+        self.loop.watch(listener.fileno(), lambda _: self._accept())
+        adopt_all(self.host, self.jails)
+
+    def run(self) -> None:
+        """Until there is nothing to supervise."""
+        self.loop.after(5.0, self._end_if_idle)
+        self.loop.run()
+        self._listener.close()
+
+    def find(self, name: str) -> Jail:
+        """A jail that is alive; JailmgrError when it isn't."""
+        jail = self.jails.get(name)
+        if jail is None or not jail.running:
+            raise JailmgrError(f"jail {name}", "is not running", f"Start it: jailmgr start {name}", "conflict")
+        return jail
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if protocol.peer_uid(sock) != 0:
+            sock.close()
+            return
+        self._asked = True
+        self._sessions.add(Session(self, sock, self._closed))
+
+    def _closed(self, session: Session) -> None:
+        self._sessions.discard(session)
+        self._end_if_idle()
+
+    def _changed(self, jail: Jail) -> None:
+        if not jail.alive:
+            self.jails.pop(jail.name, None)
+        else:
+            self.jails[jail.name] = jail
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if not self.jails and not self._sessions:
+            self.loop.stop()
+
+
+def start(run: str, ready: Callable[[], None]) -> None:
+    """Take the tenant's lock, listen, adopt what runs, supervise."""
+    lock = os.open(f"{run}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    pid = os.getpid()
+    me = Process(pid, start_time(pid) or 0)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(me._asdict()).encode(), 0)
+    supervisor = Supervisor(run, protocol.listen(run, SOCKET))
+    ready()
+    supervisor.run()
+
+
+def main(run: str, ready_fd: int) -> None:
+    """Become a daemon; one line on `ready_fd`: empty when it listens, else an error as JSON."""
+    if os.fork() != 0:
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o077)
+    kernel.close_all_but(ready_fd)
+    _own_stdio(f"{run}/{SUPERVISOR_LOG}")
+    process.reset_signals()
+    kernel.set_name("jailmgr-super")
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.collect()
+    gc.freeze()
+
+    def ready() -> None:
+        os.write(ready_fd, b"\n")
+        os.close(ready_fd)
+
+    try:
+        start(run, ready)
+    except (JailmgrError, OSError) as error:
+        told = error if isinstance(error, JailmgrError) else JailmgrError("supervisor", str(error))
+        try:
+            os.write(ready_fd, json.dumps(told.as_dict()).encode() + b"\n")
+        except OSError:
+            raise error from None
+        raise
+
+
+def note(text: str) -> None:
+    """A line in the supervisor's log."""
+    print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), text, file=sys.stderr, flush=True)
+
+
+def _own_stdio(log: str) -> None:
+    try:
+        if os.stat(log).st_size > LOG_MAX:
+            os.rename(log, f"{log}.1")
+    except FileNotFoundError:
+        pass
+    null = os.open(os.devnull, os.O_RDWR)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    for target, fd in ((0, null), (1, out), (2, out)):
+        os.dup2(fd, target)
+    for fd in {null, out} - {0, 1, 2}:
+        os.close(fd)
+
+
+def status_of(jails: dict[str, Jail]) -> dict[str, Any]:
+    """What `status` answers."""
+    return {name: jail.state._asdict() for name, jail in jails.items() if jail.state is not None}

@@ -1,0 +1,296 @@
+"""The system calls Python 3.11 has no name for, by ctypes; constants carry the kernel's own names.
+
+Each wrapper raises OSError with the call and its object as `filename`. Numbers from 424 on are the same on every
+architecture (syscalls(2)); older ones stand in a table by machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import NamedTuple
+
+CLONE_NEWTIME = 0x00000080
+CLONE_PARENT = 0x00008000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_INTO_CGROUP = 0x200000000
+SIGCHLD = 17
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+FSOPEN_CLOEXEC = 1
+FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_FLAG = 0
+FSCONFIG_SET_STRING = 1
+FSCONFIG_CMD_CREATE = 6
+
+MOUNT_ATTR_RDONLY = 0x01
+MOUNT_ATTR_NOSUID = 0x02
+MOUNT_ATTR_NODEV = 0x04
+MOUNT_ATTR_NOEXEC = 0x08
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_STRICTATIME = 0x20
+MOUNT_ATTR_IDMAP = 0x00100000
+
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+
+KEYCTL_JOIN_SESSION_KEYRING = 1
+PIDFD_GET_INFO = 0xC040FF0B
+PIDFD_INFO_EXIT = 1 << 3
+
+_OLD = {
+    "x86_64": {"clone": 56, "pivot_root": 155, "keyctl": 250},
+    "aarch64": {"clone": 220, "pivot_root": 41, "keyctl": 219},
+}
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 437, 442
+_CLONE3, _CLOSE_RANGE = 435, 436
+
+libc = ctypes.CDLL(None, use_errno=True)
+_python = ctypes.PyDLL(None, use_errno=True)
+"""Keeps the GIL over the call, so that a child made by clone() begins with it held."""
+
+
+def number(name: str) -> int:
+    """The number of an old system call on this machine; OSError ENOSYS on one that is not in the table."""
+    machine = os.uname().machine
+    if machine not in _OLD:
+        raise OSError(38, f"no system call numbers for {machine}", name)
+    return _OLD[machine][name]
+
+
+def _check(result: int, call: str, thing: str = "") -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), f"{call} {thing}".rstrip())
+    return result
+
+
+def syscall(call: str, nr: int, *args: int | bytes | ctypes.Structure | None, thing: str = "") -> int:
+    """syscall(2); integers go as C longs."""
+    made = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    return _check(int(libc.syscall(ctypes.c_long(nr), *made)), call, thing)
+
+
+def clone(flags: int) -> int:
+    """fork(2) with flags: the child's pid in the parent, 0 in the child. The caller has one thread."""
+    zero = ctypes.c_long(0)
+    pid = _python.syscall(ctypes.c_long(number("clone")), ctypes.c_long(flags | SIGCHLD), zero, zero, zero, zero)
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    return _check(int(pid), "clone")
+
+
+class _CloneArgs(ctypes.Structure):
+    """struct clone_args, linux/sched.h (CLONE_ARGS_SIZE_VER2)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls", "set_tid",
+            "set_tid_size", "cgroup",
+        )
+    )  # fmt: skip
+
+
+def fork_into(cgroup_fd: int | None) -> int:
+    """fork(2) with the child born in the v2 group whose directory that is (clone3(2), CLONE_INTO_CGROUP).
+
+    Much cheaper than moving it there, which waits for all of the host's processes. None: plain fork.
+    """
+    if cgroup_fd is None:
+        return os.fork()
+    args = _CloneArgs(flags=CLONE_INTO_CGROUP, exit_signal=SIGCHLD, cgroup=cgroup_fd)
+    pid = _python.syscall(ctypes.c_long(_CLONE3), ctypes.byref(args), ctypes.c_long(ctypes.sizeof(args)))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    return _check(int(pid), "clone3")
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _check(libc.unshare(flags), "unshare", hex(flags))
+
+
+def setns(fd: int, flags: int) -> None:
+    """setns(2); `fd` may be a pidfd (Linux 5.8)."""
+    _check(libc.setns(fd, flags), "setns", hex(flags))
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument."""
+    zero = ctypes.c_ulong(0)
+    _check(libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl", str(option))
+
+
+def set_name(name: str) -> None:
+    """The process's name as ps shows it, 15 bytes (PR_SET_NAME)."""
+    libc.prctl(PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0)
+
+
+def sethostname(name: str) -> None:
+    """sethostname(2)."""
+    raw = name.encode()
+    _check(libc.sethostname(raw, len(raw)), "sethostname", name)
+
+
+def join_new_keyring() -> None:
+    """A session keyring of its own, so that the caller's isn't inherited (keyctl(2)); without keyrings, nothing."""
+    try:
+        syscall("keyctl", number("keyctl"), KEYCTL_JOIN_SESSION_KEYRING, None)
+    except OSError as error:
+        if error.errno not in (38, 1, 122):
+            raise
+
+
+def mount_propagation_private() -> None:
+    """No mount made on the host from here on is seen, and the other way round (mount_namespaces(7))."""
+    _check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "mount", "--make-rprivate /")
+
+
+def umount(path: str, flags: int) -> None:
+    """umount2(2)."""
+    _check(libc.umount2(os.fsencode(path), flags), "umount2", path)
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2)."""
+    syscall("pivot_root", number("pivot_root"), os.fsencode(new), os.fsencode(old))
+
+
+def open_tree(path: str, dir_fd: int = AT_FDCWD, flags: int = 0) -> int:
+    """A detached copy of the mount at `path` (open_tree(2), OPEN_TREE_CLONE)."""
+    flags |= OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+    return syscall("open_tree", _OPEN_TREE, dir_fd, os.fsencode(path), flags, thing=path)
+
+
+def move_mount(mount_fd: int, target_fd: int, path: str = "") -> None:
+    """Attach a detached mount to what `target_fd` (and `path` below it) is (move_mount(2))."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if path else MOVE_MOUNT_T_EMPTY_PATH)
+    syscall("move_mount", _MOVE_MOUNT, mount_fd, b"", target_fd, os.fsencode(path), flags, thing=path)
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr, linux/mount.h."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def mount_setattr(fd: int, set_: int = 0, clear: int = 0, userns_fd: int = 0) -> None:
+    """Change attributes of the mount `fd` is (mount_setattr(2)); with MOUNT_ATTR_IDMAP, map it by `userns_fd`."""
+    attr = _MountAttr(set_, clear, 0, userns_fd)
+    size = ctypes.sizeof(attr)
+    pointer = ctypes.addressof(attr)
+    syscall("mount_setattr", _MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, pointer, size)
+
+
+def fsmount(kind: str, options: dict[str, str | None], attributes: int = 0) -> int:
+    """A new detached mount of file system `kind` (fsopen(2), fsconfig(2), fsmount(2)); an option of None is a flag."""
+    fs = syscall("fsopen", _FSOPEN, kind.encode(), FSOPEN_CLOEXEC, thing=kind)
+    try:
+        for key, value in options.items():
+            command = FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING
+            raw = None if value is None else os.fsencode(value)
+            syscall("fsconfig", _FSCONFIG, fs, command, key.encode(), raw, 0, thing=f"{kind} {key}={value}")
+        syscall("fsconfig", _FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0, thing=kind)
+        return syscall("fsmount", _FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes, thing=kind)
+    finally:
+        os.close(fs)
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how, linux/openat2.h."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def openat2(dir_fd: int, path: str, flags: int, resolve: int, mode: int = 0) -> int:
+    """openat2(2); close-on-exec always."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    size = ctypes.sizeof(how)
+    return syscall("openat2", _OPENAT2, dir_fd, os.fsencode(path), ctypes.addressof(how), size, thing=path)
+
+
+def close_all_but(*keep: int) -> None:
+    """Close every fd above 2 that isn't named (close_range(2))."""
+    first = 3
+    for fd in sorted({*keep, 1 << 31}):
+        if fd > first:
+            syscall("close_range", _CLOSE_RANGE, first, min(fd - 1, (1 << 31) - 1), 0)
+        first = max(first, fd + 1)
+
+
+class _PidfdInfo(ctypes.Structure):
+    """The first 64 bytes of struct pidfd_info (linux/pidfd.h, PIDFD_INFO_SIZE_VER0)."""
+
+    _fields_ = (
+        ("mask", ctypes.c_uint64),
+        ("cgroupid", ctypes.c_uint64),
+        ("ids", ctypes.c_uint32 * 11),
+        ("exit_code", ctypes.c_int32),
+    )
+
+
+def pidfd_exit_status(pidfd: int) -> int | None:
+    """The wait status of a process that has ended and isn't our child (PIDFD_GET_INFO, Linux 6.15), else None."""
+    info = _PidfdInfo(mask=PIDFD_INFO_EXIT)
+    if libc.ioctl(pidfd, ctypes.c_ulong(PIDFD_GET_INFO), ctypes.byref(info)) < 0 or not info.mask & PIDFD_INFO_EXIT:
+        return None
+    return int(info.exit_code)
+
+
+class Process(NamedTuple):
+    """A process that can't be taken for another: pid and start time (clock ticks since boot, proc_pid_stat(5))."""
+
+    pid: int
+    starttime: int
+
+
+def start_time(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat; None when there is no such process, or only its zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def open_process(process: Process) -> int | None:
+    """A pidfd of just this process, None when it has ended (pidfd_open(2))."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+    if start_time(process.pid) != process.starttime:
+        os.close(pidfd)
+        return None
+    return pidfd
