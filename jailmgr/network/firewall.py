@@ -1,0 +1,198 @@
+"""What passes between jails, host and world: an instance's own nftables tables, `inet` and `bridge`.
+
+rules.py holds the rules; here are the elements of their sets, which is all that a jail more or less changes.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError, from_os
+from jailmgr.model import Network, Nic, Port
+from jailmgr.network import nft, rules
+from jailmgr.network.bridge import bridge_name
+from jailmgr.runtime.netlink import link_local
+
+Element = tuple[str, str, Any]
+"""Family of the table, name of the set or map, and the element as JSON has it."""
+
+
+def apply_all(
+    root: Root, networks: list[Network], nics: list[tuple[Network, Nic]], published: list[tuple[Port, Nic]]
+) -> None:
+    """Makes both tables say this and no more, in one transaction. Raises JailmgrError.
+
+    `nics`: those of running jails, each with its network; `published`: their ports, each with the nic it leads to.
+    """
+    elements = [_bridge_element(root, network) for network in networks]
+    for _, nic in nics:
+        elements += _nic_elements(nic)
+    for port, nic in published:
+        elements += _port_elements(port, nic)
+    state = rules.frame(root) + _commands("add", root, elements)
+    try:
+        nft.run_text(rules.declarations(root))
+        nft.run(state)
+    except nft.NftError as error:
+        if not error.exists:
+            raise
+        # A set of the same name and of another type: the tables of an older version.
+        remove_all(root)
+        nft.run_text(rules.declarations(root))
+        nft.run(state)
+
+
+def add_jail(root: Root, network: Network, nic: Nic, published: list[Port]) -> None:
+    """Lets a jail's port speak, and publishes its ports. Idempotent.
+
+    Raises JailmgrError; nft.NftError with `missing` where the tables are gone: `apply_all` brings them back.
+    """
+    elements = [_bridge_element(root, network), *_nic_elements(nic)]
+    for port in published:
+        elements += _port_elements(port, nic)
+    _add(root, elements)
+
+
+def remove_jail(root: Root, nic: Nic, published: list[Port]) -> None:
+    """Takes away what `add_jail` added; fine where it is gone. Raises JailmgrError."""
+    elements = _nic_elements(nic)
+    for port in published:
+        elements += _port_elements(port, nic)
+    _remove(root, elements)
+
+
+def remove_network(root: Root, network: Network) -> None:
+    """Forgets a network's bridge. Raises JailmgrError."""
+    _remove(root, [_bridge_element(root, network)])
+
+
+def publish(root: Root, port: Port, nic: Nic) -> None:
+    """Leads a port of the host to a running jail. Idempotent. Raises JailmgrError."""
+    _add(root, _port_elements(port, nic))
+
+
+def unpublish(root: Root, port: Port, nic: Nic) -> None:
+    """Connections that are open stay so. Fine where it is not published. Raises JailmgrError."""
+    _remove(root, _port_elements(port, nic))
+
+
+def remove_all(root: Root) -> None:
+    """Deletes both tables; fine where they are gone. Raises JailmgrError."""
+    tables = [{"table": {"family": family, "name": root.table}} for family in rules.CHAINS]
+    nft.run([{verb: table} for table in tables for verb in ("add", "delete")])
+
+
+def is_there(root: Root) -> bool:
+    """Whether both tables are: `nft flush ruleset` takes away everybody's. Raises JailmgrError."""
+    listed = [item["table"] for item in nft.run([{"list": {"tables": None}}]) if "table" in item]
+    return {table["family"] for table in listed if table["name"] == root.table} >= set(rules.CHAINS)
+
+
+def port_is_free(address: str, port: int, protocol: str) -> bool:
+    """Whether no program of the host listens there; an empty address asks for all, IPv4 and IPv6.
+
+    Raises JailmgrError (`invalid`) for an address the host doesn't have, or that can't be led to a jail.
+    """
+    what = f"port {port}/{protocol} on {address}"
+    if address == "::1":
+        raise JailmgrError(what, "the kernel leads nothing from ::1 to a jail", "Use 127.0.0.1.", "invalid")
+    for host in [address] if address else ["0.0.0.0", "::"]:
+        try:
+            _bind(host, port, protocol)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            if address:
+                why = error.strerror or str(error)
+                raise JailmgrError(what, why, "`ip address` tells the host's addresses.", "invalid") from error
+            # A host without IPv6 has nobody who listens there.
+            if error.errno not in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}:
+                raise from_os(f"port {port}/{protocol}", error) from error
+    return True
+
+
+def _bind(host: str, port: int, protocol: str) -> None:
+    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, kind) as trial:
+        if family == socket.AF_INET6:
+            trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            # Connections that linger in TIME_WAIT don't count (tcp(7)); a listener still does.
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind((host, port))
+
+
+def _bridge_element(root: Root, network: Network) -> Element:
+    name = bridge_name(root, network.id)
+    return "inet", "bridges", {"concat": [name, name]}
+
+
+def _nic_elements(nic: Nic) -> list[Element]:
+    own6 = [nic.ipv6, link_local(nic.mac)]
+    return [
+        ("bridge", "macs", {"concat": [nic.veth, nic.mac]}),
+        ("bridge", "ipv4", {"concat": [nic.veth, nic.ipv4]}),
+        *(("bridge", "ipv6", {"concat": [nic.veth, address]}) for address in own6),
+        *(("bridge", "targets", {"concat": [nic.veth, hex(int(ipaddress.IPv6Address(address)))]}) for address in own6),
+    ]
+
+
+def _port_elements(port: Port, nic: Nic) -> list[Element]:
+    key, wild = [port.protocol, port.host_port], {"": (4, 6), "0.0.0.0": (4,), "::": (6,)}.get(port.host_address)
+    ways = {4: {"concat": [nic.ipv4, port.port]}, 6: {"concat": [nic.ipv6, port.port]}}
+    if wild is not None:
+        return [("inet", f"any_ipv{version}", [{"concat": key}, ways[version]]) for version in wild]
+    version = ipaddress.ip_address(port.host_address).version
+    return [("inet", f"at_ipv{version}", [{"concat": [port.host_address, *key]}, ways[version]])]
+
+
+def _add(root: Root, elements: list[Element]) -> None:
+    try:
+        nft.run(_commands("add", root, elements))
+    except nft.NftError as error:
+        if not error.exists:
+            raise
+        # A port that leads elsewhere: that of a jail whose removal was cut off.
+        for element in elements:
+            if element[:2] in rules.MAPS:
+                _forget(root, element)
+        nft.run(_commands("add", root, elements))
+
+
+def _remove(root: Root, elements: list[Element]) -> None:
+    try:
+        # What isn't there can't be deleted, what is there can be added (nft(8)): the two together always do.
+        nft.run(_commands("add", root, elements) + _commands("delete", root, elements))
+    except nft.NftError as error:
+        if error.missing:
+            return
+        if not error.exists:
+            raise
+        for element in elements:
+            _forget(root, element)
+
+
+def _forget(root: Root, element: Element) -> None:
+    try:
+        nft.run(_commands("delete", root, [element]))
+    except nft.NftError as error:
+        if not error.missing:
+            raise
+
+
+def _commands(verb: str, root: Root, elements: Iterable[Element]) -> list[dict[str, Any]]:
+    by_set: dict[tuple[str, str], list[Any]] = {}
+    for family, name, element in elements:
+        # A map's element is deleted by its key, whatever it leads to.
+        told = element[0] if verb == "delete" and isinstance(element, list) else element
+        by_set.setdefault((family, name), []).append(told)
+    return [
+        {verb: {"element": {"family": family, "table": root.table, "name": name, "elem": told}}}
+        for (family, name), told in by_set.items()
+    ]

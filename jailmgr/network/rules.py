@@ -1,0 +1,203 @@
+"""The rules of an instance's two nftables tables, as data (libnftables-json(5)).
+
+They are the same with one jail and with a thousand: jails are elements of the sets.
+Each chain's first rules let go what is not on a bridge or port of ours, which are known by their prefix: other people's
+bridges, and other instances', never get past them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jailmgr.config import Root
+
+Json = dict[str, Any]
+
+DNS, DHCP_SERVER, DHCP_CLIENT, DHCP6_SERVER = 53, 67, 68, 547
+
+SETS = {
+    ("inet", "bridges"): "type ifname . ifname",
+    ("bridge", "macs"): "type ifname . ether_addr",
+    ("bridge", "ipv4"): "type ifname . ipv4_addr",
+    ("bridge", "ipv6"): "type ifname . ipv6_addr",
+    # Addresses a port may advertise (RFC 4861, 4.4): a field of ICMPv6 that has no name in nftables 1.0.6.
+    ("bridge", "targets"): "typeof iifname . @th,64,128",
+}
+
+MAPS = {
+    ("inet", "any_ipv4"): "type inet_proto . inet_service : ipv4_addr . inet_service",
+    ("inet", "any_ipv6"): "type inet_proto . inet_service : ipv6_addr . inet_service",
+    ("inet", "at_ipv4"): "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service",
+    ("inet", "at_ipv6"): "type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service",
+}
+"""Published ports: address of the host where one was named, protocol, port; and where they lead."""
+
+CHAINS: dict[str, dict[str, tuple[str, str, int] | None]] = {
+    "inet": {
+        "prerouting": ("nat", "prerouting", -100),
+        "output": ("nat", "output", -100),
+        "postrouting": ("nat", "postrouting", 100),
+        "raw": ("filter", "prerouting", -300),
+        "input": ("filter", "input", 0),
+        "forward": ("filter", "forward", 0),
+    },
+    "bridge": {
+        # Before br_netfilter's own hook (NF_BR_PRI_BRNF, 0) makes IP packets of frames.
+        "prerouting": ("filter", "prerouting", -300),
+        "arp_from_jail": None,
+        "ipv4_from_jail": None,
+        "ipv6_from_jail": None,
+    },
+}
+
+
+def declarations(root: Root) -> str:
+    """Tables, sets and maps, in nft(8)'s own words, since JSON can't tell all these types; twice changes nothing."""
+    commands = [f"add table {family} {root.table}" for family in CHAINS]
+    for verb, declared in (("set", SETS), ("map", MAPS)):
+        for (family, name), kind in declared.items():
+            commands.append(f"add {verb} {family} {root.table} {name} {{ {kind}; }}")
+    return "\n".join(commands)
+
+
+def frame(root: Root) -> list[Json]:
+    """Chains and rules; whatever the tables held before is gone. No elements."""
+    commands: list[Json] = []
+    for verb, declared in (("set", SETS), ("map", MAPS)):
+        for family, name in declared:
+            commands.append({"flush": {verb: {"family": family, "table": root.table, "name": name}}})
+    for family, chains in CHAINS.items():
+        table = {"family": family, "table": root.table}
+        for name, hook in chains.items():
+            at = {} if hook is None else dict(zip(("type", "hook", "prio"), hook, strict=True)) | {"policy": "accept"}
+            commands.append({"add": {"chain": table | {"name": name} | at}})
+        commands.append({"flush": {"table": {"family": family, "name": root.table}}})
+        rules = _inet(f"{root.link_prefix}b*") if family == "inet" else _bridge(f"{root.link_prefix}v*")
+        commands += [{"add": {"rule": table | {"chain": chain, "expr": list(expr)}}} for chain, expr in rules]
+    return commands
+
+
+def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
+    from_jail, to_jail = _is(_meta("iifname"), ours), _is(_meta("oifname"), ours)
+    not_from_jail, not_to_jail = _is(_meta("iifname"), ours, "!="), _is(_meta("oifname"), ours, "!=")
+    to_bridge = _is({"fib": {"result": "type", "flags": ["daddr", "iif"]}}, "local")
+    to_host = _is({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
+    published, replies = _is(_ct("status"), "dnat", "in"), _is(_ct("state"), ["established", "related"], "in")
+    dns, refuse = _is(_payload("th", "dport"), DNS), {"reject": {"type": "icmpx", "expr": "admin-prohibited"}}
+    loopback4 = {"prefix": {"addr": "127.0.0.0", "len": 8}}
+    redirect = [
+        (_dnat("ip", "at_ipv4", _payload("ip", "daddr")),),
+        (_dnat("ip6", "at_ipv6", _payload("ip6", "daddr")),),
+        (to_host, _dnat("ip", "any_ipv4")),
+        (to_host, _dnat("ip6", "any_ipv6")),
+    ]
+    return [
+        # The bridge's own DNS stays, whoever publishes port 53.
+        ("prerouting", (from_jail, to_bridge, dns, _ACCEPT)),
+        *(("prerouting", rule) for rule in redirect),
+        # br_netfilter translates an answer back to ::1 before ip6_rcv, which drops it: better refused than lost.
+        ("output", (_is(_payload("ip6", "daddr"), "::1"), _ACCEPT)),
+        *(("output", rule) for rule in redirect),
+        ("postrouting", (not_from_jail, not_to_jail, _ACCEPT)),
+        ("postrouting", (from_jail, not_to_jail, {"masquerade": None})),
+        # A jail that asks for its neighbour by the host's address must get the answer by way of the host.
+        ("postrouting", (from_jail, to_jail, published, {"masquerade": None})),
+        ("postrouting", (to_jail, _is(_payload("ip", "saddr"), loopback4), {"masquerade": None})),
+        ("raw", (not_from_jail, _ACCEPT)),
+        ("raw", (_is(_payload("ip", "daddr"), loopback4), _DROP)),
+        ("input", (not_from_jail, _ACCEPT)),
+        ("input", (replies, _ACCEPT)),
+        ("input", (_is(_meta("l4proto"), {"set": ["icmp", "ipv6-icmp"]}), _ACCEPT)),
+        ("input", (to_bridge, _is(_meta("l4proto"), {"set": ["tcp", "udp"]}), dns, _ACCEPT)),
+        ("input", (_is(_payload("udp", "dport"), DHCP_SERVER), _ACCEPT)),
+        ("input", (_is(_payload("udp", "dport"), DHCP6_SERVER), _ACCEPT)),
+        ("input", (refuse,)),
+        ("forward", (not_from_jail, not_to_jail, _ACCEPT)),
+        ("forward", (replies, _ACCEPT)),
+        ("forward", (_is({"concat": [_meta("iifname"), _meta("oifname")]}, "@bridges"), _ACCEPT)),
+        ("forward", (from_jail, to_jail, refuse)),
+        ("forward", (from_jail, _ACCEPT)),
+        ("forward", (published, _ACCEPT)),
+        ("forward", (refuse,)),
+    ]
+
+
+def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
+    families = {"arp": "arp_from_jail", "ip": "ipv4_from_jail", "ip6": "ipv6_from_jail"}
+    jumps = {"set": [[family, {"jump": {"target": chain}}] for family, chain in families.items()]}
+    unspecified6 = _is(_payload("ip6", "saddr"), "::")
+    # Duplicate address detection, router solicitation and multicast listener reports come before there is an address.
+    before_address = {
+        "set": ["nd-neighbor-solicit", "nd-router-solicit", "mld-listener-report", "mld2-listener-report"]
+    }
+    return [
+        ("prerouting", (_is(_meta("iifname"), ours, "!="), _ACCEPT)),
+        ("prerouting", (_not_own(_payload("ether", "saddr"), "macs"), _DROP)),
+        ("prerouting", ({"vmap": {"key": _payload("ether", "type"), "data": jumps}},)),
+        ("prerouting", (_DROP,)),
+        ("arp_from_jail", (_not_own(_payload("arp", "saddr ether"), "macs"), _DROP)),
+        # An ARP probe (RFC 5227, 2.1.1) tells of no address.
+        (
+            "arp_from_jail",
+            (_is(_payload("arp", "saddr ip"), "0.0.0.0"), _is(_payload("arp", "operation"), "request"), _ACCEPT),
+        ),
+        ("arp_from_jail", (_not_own(_payload("arp", "saddr ip"), "ipv4"), _DROP)),
+        ("arp_from_jail", (_ACCEPT,)),
+        (
+            "ipv4_from_jail",
+            (
+                _is(_payload("ip", "saddr"), "0.0.0.0"),
+                _is(_payload("udp", "sport"), DHCP_CLIENT),
+                _is(_payload("udp", "dport"), DHCP_SERVER),
+                _ACCEPT,
+            ),
+        ),
+        ("ipv4_from_jail", (_not_own(_payload("ip", "saddr"), "ipv4"), _DROP)),
+        ("ipv4_from_jail", (_is(_payload("udp", "sport"), DHCP_SERVER), _DROP)),
+        ("ipv4_from_jail", (_ACCEPT,)),
+        ("ipv6_from_jail", (unspecified6, _is(_payload("icmpv6", "type"), before_address), _ACCEPT)),
+        ("ipv6_from_jail", (_not_own(_payload("ip6", "saddr"), "ipv6"), _DROP)),
+        (
+            "ipv6_from_jail",
+            (_is(_payload("icmpv6", "type"), {"set": ["nd-router-advert", "nd-redirect"]}), _DROP),
+        ),
+        (
+            "ipv6_from_jail",
+            (
+                _is(_payload("icmpv6", "type"), "nd-neighbor-advert"),
+                _not_own({"payload": {"base": "th", "offset": 64, "len": 128}}, "targets"),
+                _DROP,
+            ),
+        ),
+        ("ipv6_from_jail", (_is(_payload("udp", "sport"), DHCP6_SERVER), _DROP)),
+        ("ipv6_from_jail", (_ACCEPT,)),
+    ]
+
+
+_ACCEPT: Json = {"accept": None}
+_DROP: Json = {"drop": None}
+
+
+def _is(left: Json, right: Any, op: str = "==") -> Json:
+    return {"match": {"op": op, "left": left, "right": right}}
+
+
+def _not_own(field: Json, name: str) -> Json:
+    return _is({"concat": [_meta("iifname"), field]}, f"@{name}", "!=")
+
+
+def _meta(key: str) -> Json:
+    return {"meta": {"key": key}}
+
+
+def _ct(key: str) -> Json:
+    return {"ct": {"key": key}}
+
+
+def _payload(protocol: str, field: str) -> Json:
+    return {"payload": {"protocol": protocol, "field": field}}
+
+
+def _dnat(family: str, name: str, *before: Json) -> Json:
+    key = {"concat": [*before, _meta("l4proto"), _payload("th", "dport")]}
+    return {"dnat": {"family": family, "addr": {"map": {"key": key, "data": f"@{name}"}}}}
