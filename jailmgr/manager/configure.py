@@ -1,0 +1,180 @@
+"""Change a jail's configuration, at once where the kernel allows it, and its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import msgspec
+
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import check_name, find_key, fold, is_live
+from jailmgr.manager import networks
+from jailmgr.manager.create import render_files
+from jailmgr.manager.files import replace_files
+from jailmgr.manager.host import Manager
+from jailmgr.manager.plan import cgroup_of, disk_of, limits_of, write_bundle
+from jailmgr.manager.ports import check_ports, ports_of
+from jailmgr.manager.view import running
+from jailmgr.model import Jail
+from jailmgr.network import firewall
+from jailmgr.runtime import cgroups
+from jailmgr.storage.volume import rename_volume, resize_volume
+from jailmgr.store import RENAMING, Row
+
+ConfigChanges = Mapping[str, str | None]
+DeviceChanges = Mapping[str, Mapping[str, str | None] | None]
+
+
+def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices: DeviceChanges) -> list[str]:
+    """Set keys, and unset those given as None; of a running jail too. Returns the keys that wait for its next start.
+
+    Raises JailmgrError, with nothing changed: `missing`, `invalid`, `exists` (a host port, an address), `full` (less
+    disk than is used), `conflict` (less memory than is used; another network or address while it runs).
+    """
+    with m.jail(tenant, name) as old:
+        new = changed(old, config, devices)
+        runs = running(m, old)
+        _check(m, old, new, runs)
+        with ExitStack() as undo:
+            _apply_limits(m, old, new, runs, undo)
+            with m.store.transaction():
+                m.store.update(new)
+                m.store.set_ports(new, ports_of(new))
+                if _nic(old) != _nic(new):
+                    new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
+            undo.callback(_put_back, m, old)
+            if runs:
+                undo.callback(write_bundle, m, old)
+                write_bundle(m, new)
+                _apply_ports(m, old, new, undo)
+            undo.pop_all()
+    return waiting(old, new) if runs else []
+
+
+def changed(jail: Jail, config: ConfigChanges, devices: DeviceChanges) -> Jail:
+    """The jail as it would be, checked. JailmgrError `invalid`."""
+    values = dict(jail.config)
+    places = {name: dict(device) for name, device in jail.devices.items()}
+    for key, value in config.items():
+        find_key(key)
+        if key == "limits.disk":
+            _merge(places.setdefault("root", {"type": "disk"}), {"size": value})
+        elif value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    for name, changes in devices.items():
+        if changes is None:
+            places.pop(name, None)
+        else:
+            _merge(places.setdefault(name, {}), changes)
+    folded, placed = fold(values, places)
+    return msgspec.structs.replace(jail, config=folded, devices=placed)
+
+
+def _merge(device: dict[str, str], changes: Mapping[str, str | None]) -> None:
+    for key, value in changes.items():
+        if value is None:
+            device.pop(key, None)
+        else:
+            device[key] = value
+
+
+def waiting(old: Jail, new: Jail) -> list[str]:
+    """Keys that differ and that a running jail doesn't take at once."""
+    keys = {key for key in old.config.keys() | new.config.keys() if old.config.get(key) != new.config.get(key)}
+    return sorted(key for key in keys if not is_live(key))
+
+
+def _nic(jail: Jail) -> dict[str, str]:
+    return {key: value for key, value in jail.devices.get("eth0", {}).items() if key != "type"}
+
+
+def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:
+    check_ports(m, new, but=ports_of(old))
+    if _nic(old) == _nic(new):
+        return
+    if runs:
+        raise JailmgrError(
+            f"jail {old.name}",
+            "its network can't be changed while it runs",
+            f"Stop it: jailmgr stop {old.name}",
+            "conflict",
+        )
+    device = _nic(new)
+    network = device.get("network", networks.DEFAULT)
+    networks.check_network(m, old.tenant, network)
+    if wanted := device.get("ipv4.address"):
+        networks.check_address(m, old.tenant, network, wanted, but=old)
+
+
+def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) -> None:
+    was, wanted = disk_of(old.devices), disk_of(new.devices)
+    if was != wanted:
+        undo.callback(resize_volume, m.pool, old.id, was)
+        resize_volume(m.pool, old.id, wanted)
+    before, after = limits_of(old.config), limits_of(new.config)
+    if runs and before != after:
+        cgroup = cgroup_of(m.root, old.tenant, old.name)
+        undo.callback(cgroups.set_limits, m.hierarchies, cgroup, cgroups.Limits(*before))
+        cgroups.set_limits(m.hierarchies, cgroup, cgroups.Limits(*after))
+
+
+def _apply_ports(m: Manager, old: Jail, new: Jail, undo: ExitStack) -> None:
+    before, after = ports_of(old), ports_of(new)
+    with m.network_lock:
+        for port in before:
+            if port not in after:
+                undo.callback(firewall.publish, m.root, port, old.nics[0])
+                firewall.unpublish(m.root, port, old.nics[0])
+        for port in after:
+            if port not in before:
+                undo.callback(firewall.unpublish, m.root, port, new.nics[0])
+                firewall.publish(m.root, port, new.nics[0])
+
+
+def _put_back(m: Manager, old: Jail) -> None:
+    with m.store.transaction():
+        m.store.update(old)
+        m.store.set_ports(old, ports_of(old))
+
+
+def rename(m: Manager, tenant: str, name: str, new: str) -> None:
+    """Give a stopped jail another name. JailmgrError `missing`, `invalid`, `exists`, `conflict` where it runs.
+
+    A crash leaves it `renaming`, and the next start goes on.
+    """
+    check_name(new)
+    with m.jail(tenant, name) as jail:
+        if new == name:
+            return
+        if running(m, jail):
+            raise JailmgrError(f"jail {name}", "it is running", f"Stop it first: jailmgr stop {name}", "conflict")
+        with m.store.transaction():
+            if m.store.name_taken(tenant, new):
+                raise JailmgrError(f"jail {new}", "there is one of that name already", "Choose another.", "exists")
+            m.store.set_state(jail, RENAMING, new)
+        finish_rename(m, Row(jail, RENAMING, new))
+
+
+def finish_rename(m: Manager, row: Row) -> None:
+    """Carry out what a row in state `renaming` announces. Idempotent."""
+    old, name = row.jail, row.next or row.jail.name
+    new = msgspec.structs.replace(old, name=name)
+    if os.path.isdir(m.root.volume(old.tenant, old.name)):
+        rename_volume(m.pool, old.tenant, old.name, name)
+    lib = m.root.jail_lib(old.tenant, old.name)
+    if os.path.isdir(lib):
+        os.rename(lib, m.root.jail_lib(old.tenant, name))
+    cgroups.remove(m.hierarchies, cgroup_of(m.root, old.tenant, old.name))
+    image = m.store.find_image(old.image)
+    if image is not None:
+        upper = f"{m.root.volume(old.tenant, name)}/upper"
+        replace_files(upper, render_files(m, old, image), render_files(m, new, image))
+    m.store.set_name(old, name)
+    for nic in old.nics:
+        network = m.store.find_network(old.tenant, nic.network)
+        if network is not None:
+            networks.refresh_names(m, network)

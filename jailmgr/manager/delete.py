@@ -1,0 +1,56 @@
+"""Delete a jail: everything of it, in an order that a crash at any point lets the next start go on with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from jailmgr.errors import JailmgrError
+from jailmgr.manager import networks
+from jailmgr.manager.claiming import release
+from jailmgr.manager.host import Manager
+from jailmgr.manager.plan import cgroup_of
+from jailmgr.manager.stop import end_if_alive
+from jailmgr.manager.view import running
+from jailmgr.model import Jail
+from jailmgr.runtime import cgroups
+from jailmgr.runtime.state import remove_state
+from jailmgr.storage.volume import delete_volume
+from jailmgr.store import CREATING, DELETING
+
+
+def delete(m: Manager, tenant: str, name: str, *, force: bool = False) -> None:
+    """Delete a jail with all that is in it; a running one only with `force`, which kills it.
+
+    Raises JailmgrError: `missing`, `conflict` where it runs or is being made.
+    """
+    with m.jail_of_any_state(tenant, name) as row:
+        jail = row.jail
+        if row.state == CREATING:
+            raise JailmgrError(f"jail {name}", "it is being created", "Try again when that is done.", "conflict")
+        if running(m, jail) and not force:
+            hint = f"Stop it first (jailmgr stop {name}), or use --force."
+            raise JailmgrError(f"jail {name}", "it is running", hint, "conflict")
+        m.store.set_state(jail, DELETING)
+        finish_delete(m, jail, row.next)
+
+
+def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None:
+    """Remove all that a row in state `deleting` or `creating` stands for, and last the row. Idempotent.
+
+    `other_name`: the name a half-done rename was giving it.
+    """
+    end_if_alive(m, jail)
+    networks.forget(m, jail)
+    for name in filter(None, (jail.name, other_name)):
+        cgroups.remove(m.hierarchies, cgroup_of(m.root, jail.tenant, name))
+        if os.path.exists(m.root.pool_file):
+            delete_volume(m.pool, jail.tenant, name, jail.id)
+        lib = m.root.jail_lib(jail.tenant, name)
+        if os.path.isdir(lib):
+            shutil.rmtree(lib)
+        remove_state(m.root.tenant_run(jail.tenant), name)
+    release(m, jail)
+    m.store.remove(jail)
+    if m.watcher is not None and not m.store.jails(jail.tenant):
+        m.watcher.release(jail.tenant)

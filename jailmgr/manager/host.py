@@ -1,0 +1,191 @@
+"""The manager: one instance's store, pool, networks and locks, which every use case is given.
+
+The use cases are plain functions over it, a module for each verb. All are synchronous and may be called from any
+thread; two on the same jail wait for each other, others don't.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jailmgr import claims
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError
+from jailmgr.model import Jail
+from jailmgr.runtime import cgroups
+from jailmgr.storage.pool import Pool, close_pool, open_pool
+from jailmgr.store import READY, Row, Store
+
+if TYPE_CHECKING:
+    from jailmgr.manager.images import Building
+    from jailmgr.manager.watch import Watcher
+
+Progress = Callable[[str, int, int], None]
+"""Told of a step's name (for a person), how much is done, and of how much (0: not known)."""
+Cancelled = Callable[[], bool]
+"""Asked now and then whether to give up."""
+
+DEFAULT_TENANT = "default"
+BUILD_TENANT = "_build"
+"""Whose jails the builds are; no tenant can have this name."""
+
+
+class CancelledError(JailmgrError):
+    """The operation was given up because its caller wanted so; what it had done has been undone."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, "cancelled", "", "conflict")
+
+
+def quiet(_step: str, _done: int, _total: int) -> None:
+    """A Progress that tells nobody."""
+
+
+def never() -> bool:
+    """A Cancelled that doesn't."""
+    return False
+
+
+class Manager:
+    """An instance of jailmgr. `open` first; one process at a time (the engine holds run/engine.lock)."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.store = Store(root.store)
+        self.network_lock = threading.RLock()
+        """Over bridges, nftables and DNS, which are changed by reading and writing back."""
+        self.image_lock = threading.Lock()
+        """Over the choice of an image and its removal."""
+        self.buildings: dict[str, Building] = {}
+        self.networks_up: set[int] = set()
+        self.claimed: set[str] = set()
+        """Keys of what this process has claimed on the host."""
+        self._pool: Pool | None = None
+        self._pool_lock = threading.Lock()
+        self._locks: dict[tuple[str, str], tuple[threading.RLock, int]] = {}
+        self._locks_lock = threading.Lock()
+        self.watcher: Watcher | None = None
+
+    def open(self) -> None:
+        """Open the store, finish or undo what a crash left, find the jails that run and watch over them.
+
+        Raises JailmgrError where the store can't be read, or is gone while its jails are there.
+        """
+        from jailmgr.manager.reconcile import reconcile
+        from jailmgr.manager.watch import Watcher
+
+        self._refuse_lost_store()
+        for directory in (self.root.lib, self.root.run):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        claims.claim_mark(self.root)
+        self.store.open()
+        try:
+            self.watcher = Watcher(self)
+            reconcile(self)
+            self.watcher.start()
+        except BaseException:
+            self._shut()
+            raise
+
+    def close(self) -> None:
+        """Stop watching. Where no jail runs, all that is ours goes off the host; else it stays. Idempotent."""
+        from jailmgr.manager.reconcile import take_down
+
+        if self.watcher is None:
+            return
+        self.watcher.stop()
+        try:
+            take_down(self)
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
+        if self.watcher is not None:
+            self.watcher.stop()
+            self.watcher = None
+        self.store.close()
+
+    def _refuse_lost_store(self) -> None:
+        jails = f"{self.root.lib}/jails"
+        if os.path.exists(self.root.store) or not os.path.isdir(jails):
+            return
+        found = [
+            f"{tenant}/{jail}"
+            for tenant in os.listdir(jails)
+            if tenant != BUILD_TENANT
+            for jail in os.listdir(f"{jails}/{tenant}")
+        ]
+        if found:
+            good = f"{self.root.store}.good"
+            hint = f"Put the last good copy in its place: cp {good} {self.root.store}" if os.path.exists(good) else ""
+            raise JailmgrError(
+                f"store {self.root.store}",
+                f"it is gone, but {len(found)} jails are there ({', '.join(sorted(found)[:3])})",
+                hint or f"Put it back from a backup, or move {self.root.lib} away to begin anew.",
+            )
+
+    @property
+    def pool(self) -> Pool:
+        """The storage pool, opened (and on first use made) when it is first asked for."""
+        with self._pool_lock:
+            if self._pool is None:
+                if not os.path.exists(self.root.pool_file) and (jails := self.store.jails()):
+                    raise JailmgrError(
+                        f"pool {self.root.pool_file}",
+                        f"the file is gone, with the volumes of {len(jails)} jails in it",
+                        "Put it back from a backup, or delete the jails (jailmgr delete --force --all) to begin anew.",
+                    )
+                self._pool = open_pool(self.root)
+            return self._pool
+
+    @property
+    def pool_if_open(self) -> Pool | None:
+        return self._pool
+
+    def shut_pool(self) -> None:
+        """Unmount the pool; it is opened again when asked for."""
+        with self._pool_lock:
+            close_pool(self.root)
+            self._pool = None
+
+    @cached_property
+    def hierarchies(self) -> cgroups.Hierarchies:
+        return cgroups.discover()
+
+    @contextmanager
+    def jail(self, tenant: str, name: str) -> Iterator[Jail]:
+        """A ready jail, locked. JailmgrError `missing`, or `conflict` while it is made, renamed or deleted."""
+        self.store.jail(tenant, name)
+        with self._locked(tenant, name):
+            yield self.store.jail(tenant, name)
+
+    @contextmanager
+    def jail_of_any_state(self, tenant: str, name: str) -> Iterator[Row]:
+        """A jail, locked, whatever a failure left it in. JailmgrError `missing`."""
+        if self.store.find_row(tenant, name) is None:
+            self.store.jail(tenant, name)
+        with self._locked(tenant, name):
+            row = self.store.find_row(tenant, name)
+            yield row or Row(self.store.jail(tenant, name), READY)
+
+    @contextmanager
+    def _locked(self, tenant: str, name: str) -> Iterator[None]:
+        key = (tenant, name)
+        with self._locks_lock:
+            lock, users = self._locks.get(key, (threading.RLock(), 0))
+            self._locks[key] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._locks_lock:
+                lock, users = self._locks[key]
+                if users == 1:
+                    del self._locks[key]
+                else:
+                    self._locks[key] = (lock, users - 1)

@@ -1,0 +1,249 @@
+"""Images: found by what a user calls them, built once for all who want them at the same time, listed, deleted."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+
+from jailmgr import claims
+from jailmgr.errors import JailmgrError
+from jailmgr.image import store as image_store
+from jailmgr.keys import near_miss
+from jailmgr.manager.builder import claim_key, remove_build, run_in_build
+from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
+from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
+from jailmgr.model import Image
+from jailmgr.storage.volume import create_build
+from jailmgr.template.build import Built, build_image
+from jailmgr.template.recipe import Build, find_templates, load_template, resolve
+
+_PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
+_POLL = 0.5
+"""Seconds between two looks at whether a caller that waits for somebody else's build has given up."""
+
+
+class Building:
+    """A build in progress, and all who wait for it. It is given up only when each of them has."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.wanted: list[Cancelled] = []
+        self.step: tuple[str, int, int] = ("building", 0, 0)
+        self.ended = False
+        self.image: Image | None = None
+        self.error: JailmgrError | None = None
+
+    def cancelled(self) -> bool:
+        with self.changed:
+            wanted = list(self.wanted)
+        return all(gave_up() for gave_up in wanted)
+
+    def tell(self, step: str, done: int, total: int) -> None:
+        with self.changed:
+            self.step = (step, done, total)
+            self.changed.notify_all()
+
+    def end(self, image: Image | None, error: JailmgrError | None) -> None:
+        with self.changed:
+            self.image, self.error, self.ended = image, error, True
+            self.changed.notify_all()
+
+    def wait(self, source: str, progress: Progress, cancelled: Cancelled) -> Image:
+        """The image, once it is built; progress is passed on. Raises what the build raised, or CancelledError."""
+        told: tuple[str, int, int] | None = None
+        while True:
+            with self.changed:
+                if self.step == told and not self.ended:
+                    self.changed.wait(_POLL)
+                ended, step = self.ended, self.step
+            if cancelled():
+                raise CancelledError(f"image of {source}")
+            if ended:
+                break
+            if step != told:
+                told = step
+                progress(*step)
+        if self.error is not None:
+            raise JailmgrError(self.error.what, self.error.why, self.error.hint, self.error.code)
+        assert self.image is not None
+        return self.image
+
+
+def find_source(m: Manager, source: str) -> Image | Build:
+    """What a user calls SOURCE: an image already built of a template as it is now, what is to be built, or an image by
+    alias or fingerprint prefix. JailmgrError `missing`, `invalid`.
+    """
+    templates = find_templates(m.root)
+    name = source.partition("/")[0]
+    if name in templates:
+        build = resolve(m.root, source)
+        return m.store.image_of_key(build.key) or build
+    image = _image_by_name(m, source)
+    if image is not None:
+        return image
+    known = [*templates, *(alias for image in m.store.images() for alias in image.aliases)]
+    hint = near_miss(source, known) or near_miss(name, known) or f"There are: {', '.join(sorted(set(known)))}."
+    raise JailmgrError(f"source {source}", "there is no template and no image of that name", hint, "missing")
+
+
+def ensure_image(m: Manager, source: str, progress: Progress = quiet, cancelled: Cancelled = never) -> Image:
+    """The image of a source, built if it isn't there. Of several callers at once one builds, the others wait and see
+    its progress. Raises JailmgrError as the build does, CancelledError; nothing is left of a build that failed.
+    """
+    found = find_source(m, source)
+    if isinstance(found, Image):
+        return found
+    with m.image_lock:
+        image = m.store.image_of_key(found.key)
+        if image is not None:
+            return image
+        building = m.buildings.get(found.key)
+        if leads := building is None:
+            building = m.buildings[found.key] = Building()
+        with building.changed:
+            building.wanted.append(cancelled)
+    if not leads:
+        return building.wait(source, progress, cancelled)
+
+    def tell(step: str, done: int, total: int) -> None:
+        building.tell(step, done, total)
+        progress(step, done, total)
+
+    try:
+        image = _build(m, found, tell, building.cancelled)
+    except JailmgrError as error:
+        _end(m, found, building, None, error)
+        if cancelled() and not isinstance(error, CancelledError):
+            raise CancelledError(f"image of {source}") from error
+        raise
+    except BaseException as error:
+        _end(m, found, building, None, JailmgrError(f"image of {source}", f"the build failed: {error}"))
+        raise
+    _end(m, found, building, image, None)
+    if cancelled():
+        raise CancelledError(f"image of {source}")
+    return image
+
+
+def _end(m: Manager, build: Build, building: Building, image: Image | None, error: JailmgrError | None) -> None:
+    with m.image_lock:
+        m.buildings.pop(build.key, None)
+    building.end(image, error)
+
+
+def _build(m: Manager, build: Build, progress: Progress, cancelled: Cancelled) -> Image:
+    name = secrets.token_hex(6)
+    with ExitStack() as undo:
+        undo.callback(remove_build, m, name)
+        target = create_build(m.pool, name)
+        base = claims.claim_idmap(m.root, claim_key(name))
+        run = run_in_build(m, name, target, base, cancelled)
+        os.makedirs(logs := f"{m.root.lib}/logs", mode=0o700, exist_ok=True)
+        log = f"{logs}/build-{build.source.replace('/', '-')}.log"
+        built = build_image(m.root, build, target, run, m.root.cache, log, progress, cancelled)
+        if cancelled():
+            raise CancelledError(f"image of {build.source}")
+        progress("Sealing the image", 0, 0)
+        sealed = image_store.seal(m.pool, name, _draft(m, build, built))
+        with m.image_lock:
+            m.store.put_image(sealed)
+        return sealed
+
+
+def _draft(m: Manager, build: Build, built: Built) -> Image:
+    """The image without what only its sealing tells."""
+    aliases = [build.source]
+    aliases += [name for name in (build.template,) if resolve(m.root, name).key == build.key]
+    return Image(
+        fingerprint="",
+        template=build.source,
+        aliases=aliases,
+        size_bytes=0,
+        created_at=time.time(),
+        architecture=built.architecture,
+        recipe=built.recipe,
+        files=built.files,
+        packages=built.packages,
+        key=build.key,
+    )
+
+
+def _image_by_name(m: Manager, name: str) -> Image | None:
+    image = m.store.image_of_alias(name)
+    if image is not None or not _PREFIX.match(name):
+        return image
+    found = m.store.images_of_prefix(name)
+    if len(found) > 1:
+        told = ", ".join(image.fingerprint[:12] for image in found[:4])
+        raise JailmgrError(
+            f"image {name}", f"{len(found)} fingerprints begin so: {told}", "Give more digits.", "invalid"
+        )
+    return found[0] if found else None
+
+
+def find_image(m: Manager, reference: str) -> Image:
+    """An image by alias, template or fingerprint prefix (4 hexadecimal digits or more). JailmgrError `missing`."""
+    image = _image_by_name(m, reference)
+    if image is None and reference.partition("/")[0] in find_templates(m.root):
+        image = m.store.image_of_key(resolve(m.root, reference).key)
+    if image is None:
+        known = [alias for image in m.store.images() for alias in image.aliases]
+        hint = near_miss(reference, known) or "See jailmgr image list."
+        raise JailmgrError(f"image {reference}", "there is none of that name or fingerprint", hint, "missing")
+    return image
+
+
+def list_images(m: Manager) -> list[ImageView]:
+    """Images, the oldest first."""
+    counts = m.store.count_jails_of_images()
+    return [image_view(image, counts.get(image.fingerprint, 0)) for image in m.store.images()]
+
+
+def get_image(m: Manager, reference: str) -> ImageInfo:
+    """One image with its manifest. JailmgrError `missing`."""
+    image = find_image(m, reference)
+    return image_info(image, m.store.count_jails_of_images().get(image.fingerprint, 0))
+
+
+def delete_image(m: Manager, reference: str) -> None:
+    """JailmgrError `missing`, or `conflict` where jails are made of it.
+
+    First the image, then its row: a row without an image is what the next start takes away.
+    """
+    image = find_image(m, reference)
+    with m.image_lock:
+        m.store.check_image_unused(image.fingerprint)
+        image_store.remove_image(m.pool, image.fingerprint)
+        m.store.remove_image(image.fingerprint)
+
+
+def list_templates(m: Manager) -> list[dict[str, Any]]:
+    """Templates by name, with what can be chosen of each; one that can't be read says so in `error`."""
+    found = []
+    for name, folder in sorted(find_templates(m.root).items()):
+        try:
+            found.append(_template(name, folder))
+        except JailmgrError as error:
+            found.append({"name": name, "folder": folder, "error": str(error)})
+    return found
+
+
+def show_template(m: Manager, name: str) -> dict[str, Any]:
+    """One template. JailmgrError `missing`, `invalid`."""
+    templates = find_templates(m.root)
+    if name not in templates:
+        hint = near_miss(name, templates) or f"There are: {', '.join(sorted(templates))}."
+        raise JailmgrError(f"template {name}", "there is none of that name", hint, "missing")
+    return _template(name, templates[name])
+
+
+def _template(name: str, folder: str) -> dict[str, Any]:
+    told = msgspec.to_builtins(load_template(folder))
+    return {"name": name, "folder": folder} | (told if isinstance(told, dict) else {})

@@ -1,0 +1,218 @@
+"""Tenants' networks: kept in the store, brought up on the host when a jail of theirs starts, listed."""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import IPv4Interface
+
+from jailmgr import claims
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import Devices, near_miss
+from jailmgr.manager.host import Manager
+from jailmgr.manager.ports import ports_of
+from jailmgr.manager.view import NetworkView
+from jailmgr.model import Jail, Network, Nic, Port
+from jailmgr.network import addresses, bridge, dns, firewall
+from jailmgr.network.nft import NftError
+from jailmgr.runtime.state import read_state
+
+DEFAULT = "default"
+
+
+def claim(m: Manager, network: Network) -> None:
+    """Claim a network's subnet on the host again. JailmgrError `conflict` where it has been taken meanwhile."""
+    claims.claim_subnet(m.root, claim_key(network), str(IPv4Interface(network.ipv4).network))
+
+
+def claim_key(network: Network) -> str:
+    """The key of a network's subnet among the host's claims, as addresses.new_network has it."""
+    return str(network.id)
+
+
+def find_or_make(m: Manager, tenant: str, name: str) -> Network:
+    """A tenant's network; its `default` is made when it is first asked for. JailmgrError `missing` for any other."""
+    network = m.store.find_network(tenant, name)
+    if network is not None:
+        return network
+    check_network(m, tenant, name)
+    try:
+        return m.store.add_network(
+            tenant, name, lambda ident: addresses.new_network(m.root, ident, tenant, name, None, None)
+        )
+    except JailmgrError as error:
+        there = m.store.find_network(tenant, name)
+        if error.code != "exists" or there is None:
+            raise
+        return there
+
+
+def check_network(m: Manager, tenant: str, name: str) -> None:
+    """Refuse a network the tenant has not, and `find_or_make` would not make."""
+    if name == DEFAULT or m.store.find_network(tenant, name) is not None:
+        return
+    names = [DEFAULT, *(network.name for network in m.store.networks(tenant))]
+    raise JailmgrError(f"network {name}", f"tenant {tenant} has none of that name", near_miss(name, names), "missing")
+
+
+def check_address(m: Manager, tenant: str, network_name: str, wanted: str, but: Jail | None = None) -> None:
+    """Refuse an IPv4 address that is outside of the network or taken, before anything is made."""
+    network = m.store.find_network(tenant, network_name)
+    if network is not None:
+        own = {nic.ipv4 for nic in but.nics} if but else set()
+        addresses.choose_address(network, m.store.addresses(network) - own, wanted)
+
+
+def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
+    """Choose the jail's addresses and keep them. JailmgrError `invalid` or `exists` for a wanted one that can't be."""
+    device = devices.get("eth0", {})
+    network = find_or_make(m, jail.tenant, device.get("network", DEFAULT))
+    with m.store.transaction():
+        taken = m.store.addresses(network) - {nic.ipv4 for nic in jail.nics}
+        ipv4, ipv6 = addresses.choose_address(network, taken, device.get("ipv4.address"))
+        nic = Nic(
+            name="eth0",
+            network=network.name,
+            veth=bridge.veth_name(m.root, jail.id),
+            mac=addresses.mac_for(m.root, jail.id),
+            ipv4=ipv4,
+            ipv6=ipv6,
+        )
+        m.store.set_nics(jail, [(network, nic)])
+    return [nic]
+
+
+def up(m: Manager, jail: Jail) -> None:
+    """The host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent."""
+    with m.network_lock:
+        for nic in jail.nics:
+            network = _of(m, jail, nic)
+            fresh = not _is_up(m, network)
+            if fresh:
+                claim(m, network)
+                bridge.ensure_network(m.root, network)
+            if fresh:
+                apply_firewall(m, also=jail)
+            else:
+                try:
+                    firewall.add_jail(m.root, network, nic, ports_of(jail))
+                except NftError as error:
+                    if not error.missing:
+                        raise
+                    apply_firewall(m, also=jail)
+            m.networks_up.add(network.id)
+            dns.ensure_dns(m.root, network, _names(m, network))
+
+
+def unpublish(m: Manager, jail: Jail) -> None:
+    """A jail that has ended: its host ports lead nowhere any more."""
+    with m.network_lock:
+        for port in ports_of(jail):
+            for nic in jail.nics[:1]:
+                firewall.unpublish(m.root, port, nic)
+
+
+def follow(m: Manager, tenant: str, name: str) -> None:
+    """Published ports of a jail that has just been started or has ended lead to it, or nowhere."""
+    row = m.store.find_row(tenant, name)
+    if row is None or not ports_of(row.jail):
+        return
+    with m.network_lock:
+        if read_state(m.root, tenant, name) is None:
+            unpublish(m, row.jail)
+        else:
+            for port in ports_of(row.jail):
+                firewall.publish(m.root, port, row.jail.nics[0])
+
+
+def forget(m: Manager, jail: Jail) -> None:
+    """Take a jail's elements out of the rules and its name out of DNS; fine where they never were there."""
+    with m.network_lock:
+        for nic in jail.nics:
+            network = m.store.find_network(jail.tenant, nic.network)
+            if network is not None:
+                firewall.remove_jail(m.root, nic, ports_of(jail))
+                refresh_names(m, network)
+
+
+def refresh_names(m: Manager, network: Network) -> None:
+    """Give a network's DNS the names of its jails as they are in the store; nothing where it isn't up."""
+    with m.network_lock:
+        if _is_up(m, network):
+            dns.ensure_dns(m.root, network, _names(m, network))
+
+
+def apply_firewall(m: Manager, also: Jail | None = None) -> None:
+    """Replace all of our rules: every jail's addresses, and the ports of those that run (and of `also`).
+
+    Addresses of stopped ones too: a restart policy may bring a jail back with nobody to add them.
+    """
+    networks = {(network.tenant, network.name): network for network in m.store.networks()}
+    ports: list[tuple[Network, Nic]] = []
+    published: list[tuple[Port, Nic]] = []
+    jails = m.store.jails()
+    for jail in jails:
+        ports += [(networks[jail.tenant, nic.network], nic) for nic in jail.nics]
+        if jail.nics and ((also and jail.id == also.id) or read_state(m.root, jail.tenant, jail.name)):
+            published += [(port, jail.nics[0]) for port in ports_of(jail)]
+    firewall.apply_all(m.root, list(networks.values()), ports, published)
+
+
+def take_down(m: Manager) -> None:
+    """Remove every bridge, rule and DNS server of ours from the host. No jail runs."""
+    with m.network_lock:
+        for network in m.store.networks():
+            dns.stop_dns(m.root, network.id)
+            bridge.remove_network(m.root, network)
+        firewall.remove_all(m.root)
+        m.networks_up.clear()
+
+
+def take_down_one(m: Manager, network: Network) -> None:
+    """Remove one network from the host."""
+    with m.network_lock:
+        dns.stop_dns(m.root, network.id)
+        bridge.remove_network(m.root, network)
+        firewall.remove_network(m.root, network)
+        m.networks_up.discard(network.id)
+
+
+def list_networks(m: Manager, tenant: str | None = None) -> list[NetworkView]:
+    """Networks by tenant and name."""
+    counts = m.store.count_nics()
+    return [
+        NetworkView(
+            name=network.name,
+            tenant=network.tenant,
+            kind=network.kind,
+            ipv4=network.ipv4,
+            ipv6=network.ipv6,
+            bridge=bridge.bridge_name(m.root, network.id),
+            jails=counts.get(network.id, 0),
+        )
+        for network in m.store.networks(tenant)
+    ]
+
+
+def _of(m: Manager, jail: Jail, nic: Nic) -> Network:
+    network = m.store.find_network(jail.tenant, nic.network)
+    if network is None:
+        raise JailmgrError(f"network {nic.network}", f"tenant {jail.tenant} has none of that name", "", "missing")
+    return network
+
+
+def _is_up(m: Manager, network: Network) -> bool:
+    if network.id not in m.networks_up:
+        return False
+    try:
+        return socket.if_nametoindex(bridge.bridge_name(m.root, network.id)) > 0
+    except OSError:
+        return False
+
+
+def _names(m: Manager, network: Network) -> dict[str, tuple[str, str]]:
+    return {
+        jail.name: (nic.ipv4, nic.ipv6)
+        for jail in m.store.jails(network.tenant)
+        for nic in jail.nics
+        if nic.network == network.name
+    }

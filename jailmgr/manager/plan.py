@@ -1,0 +1,163 @@
+"""A jail's configuration compiled: its kernel limits, its plan, its bundle on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import Config, Devices, parse_bool
+from jailmgr.manager.host import Manager
+from jailmgr.model import Jail, Network, Nic, Recipe
+from jailmgr.network.bridge import bridge_name, uplink_mtu
+from jailmgr.runtime import seccomp
+from jailmgr.runtime.bundle import CONFIG, Limits, Plan, compile_bundle, read_json, save_bundle
+from jailmgr.units import parse_allowance, parse_percent, parse_size
+
+PERIOD = 100_000
+"""CPU period in microseconds where the user names none: the kernel's own default (sched-bwc)."""
+
+
+def limits_of(config: Config) -> Limits:
+    """The kernel's limits of a configuration that has been checked.
+
+    `limits.cpu` and a hard `limits.cpu.allowance` together: the smaller holds. A soft allowance (`50%`) and
+    `limits.cpu.priority` are weights, as in LXD: the percentage, less 10 - priority.
+    """
+    return Limits(
+        memory=_size(config, "limits.memory"),
+        swap=_swap(config.get("limits.memory.swap")),
+        **_cpu(config),
+        processes=int(config["limits.processes"]) if "limits.processes" in config else None,
+    )
+
+
+def _size(config: Mapping[str, str], key: str) -> int | None:
+    return parse_size(config[key]) if key in config else None
+
+
+def _swap(value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return None if parse_bool(value) else 0
+    except ValueError:
+        return parse_size(value)
+
+
+def _cpu(config: Config) -> dict[str, int | None]:
+    quotas: list[tuple[int, int]] = []
+    weight: int | None = None
+    if cpus := config.get("limits.cpu"):
+        quotas.append((int(cpus) * PERIOD, PERIOD))
+    allowance, priority = config.get("limits.cpu.allowance", ""), config.get("limits.cpu.priority")
+    if allowance and not allowance.endswith("%"):
+        quotas.append(parse_allowance(allowance))
+    if allowance.endswith("%") or priority is not None:
+        share = parse_percent(allowance) if allowance.endswith("%") else 100
+        weight = max(1, share - (10 - int(priority or 10)))
+    quota, period = min(quotas, key=lambda pair: pair[0] / pair[1], default=(None, None))
+    return {"cpu_quota": quota, "cpu_period": period, "cpu_weight": weight}
+
+
+def cpus_of(limits: Limits) -> float | None:
+    """Number of CPUs' worth of time; None where there is no limit."""
+    if limits.cpu_quota is None or limits.cpu_period is None:
+        return None
+    return round(limits.cpu_quota / limits.cpu_period, 3)
+
+
+def disk_of(devices: Devices) -> int | None:
+    """Bytes the root device may take; None where there is no limit."""
+    return _size(devices.get("root", {}), "size")
+
+
+def cgroup_of(root: Root, tenant: str, jail: str) -> str:
+    return f"{root.cgroup}/{tenant}/{jail}"
+
+
+def stop_timeout(jail: Jail, recipe: Recipe) -> int:
+    """Seconds between the stop signal and the kill."""
+    return int(jail.config.get("boot.host_shutdown_timeout", recipe.stop_timeout))
+
+
+def make_plan(m: Manager, jail: Jail) -> Plan:
+    """All that the jail's start depends on. Reads the store; changes nothing but the kept seccomp filter."""
+    image = m.store.find_image(jail.image)
+    if image is None:
+        raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
+    variables = {
+        key.removeprefix("environment."): value for key, value in jail.config.items() if key.startswith("environment.")
+    }
+    return Plan(
+        tenant=jail.tenant,
+        jail=jail.name,
+        hostname=jail.name,
+        uid=m.store.tenant(jail.tenant).uid,
+        idmap_base=jail.idmap_base,
+        cgroup=cgroup_of(m.root, jail.tenant, jail.name),
+        lower=f"{m.root.image(jail.image)}/rootfs",
+        volume=m.root.volume(jail.tenant, jail.name),
+        init=image.recipe.init,
+        lib=m.root.jail_lib(jail.tenant, jail.name),
+        environment=image.recipe.environment | variables,
+        stop_signal=image.recipe.stop_signal,
+        stop_timeout=stop_timeout(jail, image.recipe),
+        notify=image.recipe.notify,
+        nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic) for nic in jail.nics],
+        limits=limits_of(jail.config),
+        seccomp=seccomp_filter(m.root),
+        restart=jail.config.get("restart", "no"),
+    )
+
+
+def _network(m: Manager, tenant: str, nic: Nic) -> Network:
+    network = m.store.find_network(tenant, nic.network)
+    if network is None:
+        raise JailmgrError(f"network {nic.network}", f"tenant {tenant} has none of that name", "", "missing")
+    return network
+
+
+def nic_plan(root: Root, network: Network, nic: Nic) -> dict[str, Any]:
+    """A NIC as netlink.attach takes it."""
+    gateway4, _, length4 = network.ipv4.partition("/")
+    gateway6, _, length6 = network.ipv6.partition("/")
+    return {
+        "name": nic.name,
+        "veth": nic.veth,
+        "bridge": bridge_name(root, network.id),
+        "mac": nic.mac,
+        "mtu": uplink_mtu(),
+        "addresses": [f"{nic.ipv4}/{length4}", f"{nic.ipv6}/{length6}"],
+        "gateways": [gateway4, gateway6],
+    }
+
+
+def write_bundle(m: Manager, jail: Jail) -> str:
+    """Compile and save the jail's config.json; returns its directory. A running jail reads it when it reboots."""
+    directory = m.root.jail_lib(jail.tenant, jail.name)
+    bundle = compile_bundle(make_plan(m, jail))
+    # Replacing a file costs a start some milliseconds of the host's disk; most starts are as the last one.
+    if read_json(f"{directory}/{CONFIG}") != bundle:
+        save_bundle(directory, bundle)
+    return directory
+
+
+def seccomp_filter(root: Root) -> str:
+    """The file of the compiled filter, made once for each deny list, libseccomp and architecture."""
+    section = seccomp.default_section()
+    told = json.dumps([section, platform.machine(), platform.release()], sort_keys=True)
+    path = f"{root.run}/seccomp/{hashlib.sha256(told.encode()).hexdigest()[:16]}.bpf"
+    if not os.path.exists(path):
+        compiled = seccomp.compile(section)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        new = f"{path}.{os.getpid()}"
+        with open(new, "wb") as file:
+            file.write(compiled)
+        os.rename(new, path)
+    return path

@@ -1,0 +1,103 @@
+"""Published ports: a jail's proxy devices, which the kernel's NAT carries out while the jail runs."""
+
+from __future__ import annotations
+
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import Endpoint, parse_endpoint
+from jailmgr.manager.host import Manager
+from jailmgr.model import Jail, Port
+from jailmgr.network.firewall import port_is_free
+from jailmgr.store import port_taken
+
+
+def ports_of(jail: Jail) -> list[Port]:
+    """The ports a jail's devices publish."""
+    found = []
+    for device in jail.devices.values():
+        if device.get("type") == "proxy":
+            listen, connect = parse_endpoint(device["listen"]), parse_endpoint(device["connect"])
+            found.append(Port(jail.tenant, jail.name, listen.address, listen.port, connect.port, listen.protocol))
+    return found
+
+
+def check_ports(m: Manager, jail: Jail, but: list[Port] | None = None) -> None:
+    """Refuse ports that two of its devices, another jail, or a process of the host has, `but` those it has already."""
+    ports = ports_of(jail)
+    for index, port in enumerate(ports):
+        if any(_collide(port, other) for other in ports[:index]):
+            raise port_taken(port, "the jail publishes it twice")
+        if port in (but or []):
+            continue
+        owner = m.store.port_owner(port)
+        if owner and owner != f"{jail.tenant}/{jail.name}":
+            raise port_taken(port, f"it is published by jail {owner}")
+        check_host(port)
+
+
+def check_host(port: Port) -> None:
+    """Refuse a host port that some process of the host listens on."""
+    if not port_is_free(port.host_address, port.host_port, port.protocol):
+        raise port_taken(port, "something on the host listens there already")
+
+
+def _collide(one: Port, other: Port) -> bool:
+    same = (one.protocol, one.host_port) == (other.protocol, other.host_port)
+    return same and (one.host_address == other.host_address or not one.host_address or not other.host_address)
+
+
+def list_ports(m: Manager, tenant: str | None = None) -> list[Port]:
+    """Published ports, of stopped jails too."""
+    return m.store.ports(tenant)
+
+
+def publish(
+    m: Manager, tenant: str, jail: str, host_address: str, host_port: int, port: int, protocol: str = "tcp"
+) -> Port:
+    """Publish a port of a jail, at once if it runs. JailmgrError `exists` where the host port is taken."""
+    from jailmgr.manager.configure import configure
+
+    host = f"[{host_address}]" if ":" in host_address else host_address or "0.0.0.0"
+    device = {
+        "type": "proxy",
+        "listen": f"{protocol}:{host}:{host_port}",
+        "connect": f"{protocol}:127.0.0.1:{port}",
+        "nat": "true",
+    }
+    listen = _checked(device["listen"])
+    _checked(device["connect"])
+    wanted = Port(tenant, jail, listen.address, listen.port, port, protocol)
+    if owner := m.store.port_owner(wanted):
+        raise port_taken(wanted, f"it is published by jail {owner}")
+    name = f"port-{host_port}-{protocol}"
+    if name in m.store.jail(tenant, jail).devices:
+        name += "-" + listen.address.replace(":", ".").strip(".")
+    configure(m, tenant, jail, {}, {name: dict(device)})
+    return wanted
+
+
+def _checked(endpoint: str) -> Endpoint:
+    try:
+        return parse_endpoint(endpoint)
+    except ValueError as error:
+        raise JailmgrError("port", str(error), "Such as 8080:80, 127.0.0.1:8080:80 or 53:53/udp.", "invalid") from None
+
+
+def unpublish(
+    m: Manager, tenant: str, jail: str, host_port: int, protocol: str | None = None, host_address: str | None = None
+) -> None:
+    """Take back a jail's published host port, of both protocols and any address unless told. JailmgrError `missing`."""
+    from jailmgr.manager.configure import configure
+
+    gone: dict[str, dict[str, str | None] | None] = {}
+    for name, device in m.store.jail(tenant, jail).devices.items():
+        if device.get("type") == "proxy":
+            listen = parse_endpoint(device["listen"])
+            if (
+                listen.port == host_port
+                and protocol in (None, listen.protocol)
+                and host_address in (None, listen.address)
+            ):
+                gone[name] = None
+    if not gone:
+        raise JailmgrError(f"port {host_port}", f"jail {jail} does not publish it", "See jailmgr port list.", "missing")
+    configure(m, tenant, jail, {}, gone)

@@ -1,0 +1,129 @@
+"""What opening and closing an instance does to the host: finish or undo what a crash left, find what runs, take down.
+
+Only what has a row of ours is touched. A volume nobody knows is named by `doctor`, never removed here: it may be all
+that is left of a jail whose row was lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from jailmgr import claims
+from jailmgr.errors import JailmgrError
+from jailmgr.image import store as image_store
+from jailmgr.keys import parse_bool
+from jailmgr.manager import networks
+from jailmgr.manager.builder import builds_left, remove_build
+from jailmgr.manager.claiming import claim_uid
+from jailmgr.manager.configure import finish_rename
+from jailmgr.manager.delete import finish_delete
+from jailmgr.manager.host import Manager
+from jailmgr.manager.start import boot
+from jailmgr.manager.view import running
+from jailmgr.model import Jail
+from jailmgr.runtime import attach, cgroups
+from jailmgr.runtime.state import host_boot_id, supervisor_process
+from jailmgr.store import READY, RENAMING
+
+log = logging.getLogger(__name__)
+
+
+def reconcile(m: Manager) -> None:
+    """Bring what is there and what the store says together. One thing that fails is logged, and the rest goes on."""
+    _claim_again(m)
+    if os.path.exists(m.root.pool_file):
+        _attempt("the pool", lambda: m.pool)
+    if m.pool_if_open is not None:
+        _attempt("builds", partial(_remove_builds, m))
+        _attempt("images", partial(_compare_images, m))
+    for row in m.store.rows():
+        if row.state == RENAMING:
+            _attempt(f"renaming {row.jail.name}", partial(finish_rename, m, row))
+        elif row.state != READY:
+            _attempt(f"deleting {row.jail.name}", partial(finish_delete, m, row.jail, row.next))
+    alive = [jail for jail in m.store.jails() if running(m, jail)]
+    for jail in alive:
+        _attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
+    for tenant in {jail.tenant for jail in alive}:
+        _attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
+
+
+def take_down(m: Manager) -> None:
+    """Where no jail runs: our bridges, rules, DNS servers, cgroups and the pool's mount go off the host."""
+    if any(running(m, jail) for jail in m.store.jails()):
+        return
+    with ExitStack() as rest:
+        if not m.store.rows():
+            rest.callback(claims.release_all, m.root)
+        rest.callback(m.shut_pool)
+        rest.callback(cgroups.remove_root, m.hierarchies, m.root.cgroup)
+        rest.callback(networks.take_down, m)
+
+
+def autostart(m: Manager, wait: Callable[[float], bool]) -> None:
+    """Start the jails with `boot.autostart`, once after each boot of the host, the highest priority first.
+
+    `wait` waits some seconds and tells whether to stop.
+    """
+    boot_id = host_boot_id()
+    if m.store.fact("boot_id") == boot_id:
+        return
+    m.store.set_fact("boot_id", boot_id)
+    wanted = [jail for jail in m.store.jails() if parse_bool(jail.config.get("boot.autostart", "false"))]
+    for jail in sorted(wanted, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
+        _attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
+        if wait(float(jail.config.get("boot.autostart.delay", 0))):
+            return
+
+
+def _start_if_stopped(m: Manager, jail: Jail) -> None:
+    with m.jail(jail.tenant, jail.name) as now:
+        if not running(m, now):
+            boot(m, now)
+
+
+def _attempt(what: str, do: Callable[[], object]) -> None:
+    try:
+        do()
+    except (JailmgrError, OSError) as error:
+        log.error("%s: %s", what, error)
+
+
+def _watch_over(m: Manager, tenant: str) -> None:
+    if m.watcher is not None:
+        m.watcher.watch(tenant)
+    if supervisor_process(m.root, tenant) is None:
+        log.info("tenant %s has no supervisor: a new one adopts its jails", tenant)
+        attach.connect(m.root, tenant).close()
+
+
+def _claim_again(m: Manager) -> None:
+    """Claims are kept in /run. What is in use is claimed anew after a loss; what isn't, at the next start of a jail."""
+    for tenant in m.store.tenants():
+        _attempt(f"the uid of {tenant.name}", partial(claim_uid, m, tenant.name))
+    for network in m.store.networks():
+        _attempt(f"the subnet of {network.name}", partial(networks.claim, m, network))
+
+
+def _remove_builds(m: Manager) -> None:
+    for name in builds_left(m):
+        remove_build(m, name)
+
+
+def _compare_images(m: Manager) -> None:
+    """The pool's word counts: an image sealed just before a crash gets its row, a row without an image goes."""
+    there = {image.fingerprint: image for image in image_store.list_images(m.pool)}
+    known = {image.fingerprint for image in m.store.images()}
+    for fingerprint in there.keys() - known:
+        m.store.put_image(there[fingerprint])
+    for fingerprint in known - there.keys():
+        try:
+            m.store.check_image_unused(fingerprint)
+        except JailmgrError:
+            log.error("image %s is gone from the pool, and jails are made of it", fingerprint[:12])
+        else:
+            m.store.remove_image(fingerprint)

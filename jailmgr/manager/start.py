@@ -1,0 +1,74 @@
+"""Start a jail: network, cgroup, bundle, and the tenant's supervisor asked to boot it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from jailmgr.errors import JailmgrError
+from jailmgr.manager import networks
+from jailmgr.manager.claiming import claim_idmap, claim_uid
+from jailmgr.manager.host import Manager
+from jailmgr.manager.plan import write_bundle
+from jailmgr.manager.ports import check_host, ports_of
+from jailmgr.manager.view import running
+from jailmgr.model import Jail
+from jailmgr.runtime import attach
+
+WAIT_TIMEOUT = 120.0
+"""Seconds `wait` gives init to tell that the system is up."""
+
+
+def start(m: Manager, tenant: str, name: str, *, wait: bool = False) -> None:
+    """Boot a stopped jail; on return its init has been exec'd, with `wait` it has reported that the system is up.
+
+    Raises JailmgrError: `missing`, `conflict` where it runs, `exists` where a published port has been taken, `failed`.
+    """
+    with m.jail(tenant, name) as jail:
+        if running(m, jail):
+            raise JailmgrError(f"jail {name}", "it runs already", "", "conflict")
+        boot(m, jail)
+    if wait:
+        wait_ready(m, tenant, name)
+
+
+def wait_ready(m: Manager, tenant: str, name: str) -> None:
+    """Until the jail's init has told that the system is up, if it is one that does. JailmgrError `failed`.
+
+    The jail isn't locked meanwhile: it can be stopped while it boots.
+    """
+    image = m.store.find_image(m.store.jail(tenant, name).image)
+    if image is not None and image.recipe.notify and m.watcher is not None:
+        m.watcher.wait_ready(tenant, name, WAIT_TIMEOUT)
+
+
+def boot(m: Manager, jail: Jail) -> None:
+    """`start` for a jail that is locked and doesn't run. What fails takes back what was done."""
+    _ = m.pool
+    for port in ports_of(jail):
+        check_host(port)
+    claim_uid(m, jail.tenant)
+    jail = claim_idmap(m, jail)
+    with ExitStack() as undo:
+        undo.callback(networks.unpublish, m, jail)
+        networks.up(m, jail)
+        write_bundle(m, jail)
+        if m.watcher is not None:
+            m.watcher.watch(jail.tenant)
+        supervisor = undo.enter_context(attach.connect(m.root, jail.tenant))
+        supervisor.start(jail.name)
+        undo.pop_all()
+    if m.watcher is not None:
+        m.watcher.watch(jail.tenant)
+        m.watcher.hold(supervisor, jail.tenant)
+    else:
+        supervisor.close()
+
+
+def restart(
+    m: Manager, tenant: str, name: str, *, force: bool = False, timeout: int | None = None, wait: bool = False
+) -> None:
+    """Stop and start; a stopped jail is refused (JailmgrError `conflict`)."""
+    from jailmgr.manager.stop import stop
+
+    stop(m, tenant, name, force=force, timeout=timeout)
+    start(m, tenant, name, wait=wait)

@@ -1,0 +1,72 @@
+"""Stop a jail, and hold its processes still for a while."""
+
+from __future__ import annotations
+
+from jailmgr.errors import JailmgrError
+from jailmgr.manager import networks
+from jailmgr.manager.host import Manager
+from jailmgr.manager.plan import cgroup_of, stop_timeout
+from jailmgr.manager.view import not_running, running
+from jailmgr.model import Jail, Recipe
+from jailmgr.runtime import attach, cgroups
+from jailmgr.runtime.state import supervisor_process
+
+
+def stop(m: Manager, tenant: str, name: str, *, force: bool = False, timeout: int | None = None) -> None:
+    """Have init stop by its image's signal, kill after `timeout` seconds (None: the jail's own); `force` kills.
+
+    Raises JailmgrError: `missing`, `conflict` where it isn't running.
+    """
+    with m.jail(tenant, name) as jail:
+        if not running(m, jail) and supervisor_process(m.root, tenant) is None:
+            raise not_running(jail)
+    # The supervisor is waited for with the jail unlocked, so that an impatient `stop --force` gets through.
+    end(m, jail, force, timeout)
+
+
+def end(m: Manager, jail: Jail, force: bool, timeout: int | None = None) -> None:
+    """`stop` for a jail that runs, or is about to be started again. JailmgrError `conflict` if neither."""
+    image = m.store.find_image(jail.image)
+    recipe = image.recipe if image else Recipe()
+    if timeout is None:
+        timeout = stop_timeout(jail, recipe)
+    cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+    if not force and cgroups.is_frozen(m.hierarchies, cgroup):
+        cgroups.thaw(m.hierarchies, cgroup)
+    with attach.connect(m.root, jail.tenant) as supervisor:
+        supervisor.stop(jail.name, timeout, force, recipe.stop_signal)
+    networks.unpublish(m, jail)
+
+
+def end_if_alive(m: Manager, jail: Jail) -> None:
+    """Kill it, if there is anything to kill."""
+    if running(m, jail) or supervisor_process(m.root, jail.tenant) is not None:
+        try:
+            end(m, jail, force=True)
+        except JailmgrError as error:
+            if error.code != "conflict" or running(m, jail):
+                raise
+
+
+def freeze(m: Manager, tenant: str, name: str) -> None:
+    """Hold every process of a running jail still. JailmgrError `conflict` where it isn't running, or is frozen."""
+    with m.jail(tenant, name) as jail:
+        cgroup = _running_cgroup(m, jail)
+        if cgroups.is_frozen(m.hierarchies, cgroup):
+            raise JailmgrError(f"jail {name}", "it is paused already", "", "conflict")
+        cgroups.freeze(m.hierarchies, cgroup)
+
+
+def unfreeze(m: Manager, tenant: str, name: str) -> None:
+    """Let a frozen jail run on. JailmgrError `conflict` where it isn't running, or isn't frozen."""
+    with m.jail(tenant, name) as jail:
+        cgroup = _running_cgroup(m, jail)
+        if not cgroups.is_frozen(m.hierarchies, cgroup):
+            raise JailmgrError(f"jail {name}", "it is not paused", "", "conflict")
+        cgroups.thaw(m.hierarchies, cgroup)
+
+
+def _running_cgroup(m: Manager, jail: Jail) -> str:
+    if not running(m, jail):
+        raise not_running(jail)
+    return cgroup_of(m.root, jail.tenant, jail.name)

@@ -1,0 +1,182 @@
+"""What users are shown: jails, images, networks, as `list` and `info` tell them (cli.md)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from jailmgr.errors import JailmgrError
+from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.plan import cgroup_of, cpus_of, disk_of, limits_of
+from jailmgr.manager.ports import ports_of
+from jailmgr.model import Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
+from jailmgr.runtime import cgroups
+from jailmgr.runtime.bundle import ID_SIZE
+from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process
+from jailmgr.storage.volume import volume_usage
+from jailmgr.store import DELETING, READY, RENAMING
+
+
+class ImageView(msgspec.Struct, frozen=True):
+    """An image, as `image list` tells it. `jails`: how many are made of it."""
+
+    fingerprint: str
+    aliases: list[str]
+    template: str
+    size_bytes: int
+    created_at: str
+    architecture: str
+    jails: int
+
+
+class ImageInfo(ImageView, frozen=True):
+    """`image show`: with its manifest (package to version) and how its jails are run."""
+
+    packages: dict[str, str] = {}
+    recipe: Recipe = Recipe()
+    files: list[str] = []
+    key: str = ""
+
+
+class NetworkView(msgspec.Struct, frozen=True):
+    """A network, as `network list` tells it. `jails`: how many are attached, running or not."""
+
+    name: str
+    tenant: str
+    kind: str
+    ipv4: str
+    ipv6: str
+    bridge: str
+    jails: int
+
+
+def rfc3339(at: float) -> str:
+    """Seconds since the epoch as RFC 3339, in UTC."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:
+    """Jails by tenant and name. A stopped one costs a row and one small file of its quota group, no more."""
+    if tenant not in (None, DEFAULT_TENANT):
+        m.store.tenant(tenant)
+    running: dict[str, set[str]] = {}
+    views = []
+    for row in m.store.rows(tenant):
+        if row.state not in (READY, DELETING, RENAMING):
+            continue
+        jail = row.jail
+        if jail.tenant not in running:
+            running[jail.tenant] = set(running_jails(m.root, jail.tenant))
+        state = read_state(m.root, jail.tenant, jail.name) if jail.name in running[jail.tenant] else None
+        views.append(JailView(**_fields(m, jail, state, row.state)))
+    return views
+
+
+def info(m: Manager, tenant: str, name: str) -> JailInfo:
+    """All there is to tell of one jail. JailmgrError `missing`."""
+    row = m.store.find_row(tenant, name)
+    jail = row.jail if row is not None and row.state in (DELETING, RENAMING) else m.store.jail(tenant, name)
+    state = read_state(m.root, tenant, name)
+    fields = _fields(m, jail, state, row.state if row else READY)
+    lib = m.root.jail_lib(tenant, name)
+    fields |= {
+        "rootfs": m.root.volume(tenant, name),
+        "log": f"{lib}/console.log",
+        "pool": m.root.pool,
+        "idmap": f"0 {jail.idmap_base} {ID_SIZE}",
+        "last_ended": _ending(m, tenant, name),
+    }
+    if state is not None:
+        pid, watching = state.pid, supervisor_process(m.root, tenant)
+        fields |= {
+            "supervisor_pid": watching.pid if watching else None,
+            "netns": f"/proc/{pid}/ns/net",
+            "cgroups": cgroups.directories(m.hierarchies, cgroup_of(m.root, tenant, name)),
+            "rootfs": f"/proc/{pid}/root",
+            "started_at": rfc3339(state.started_at),
+            "restarts": state.restarts,
+        }
+    return JailInfo(**fields)
+
+
+def limits_view(jail: Jail) -> dict[str, Any]:
+    limits = limits_of(jail.config)
+    return {
+        "memory_bytes": limits.memory,
+        "cpu": cpus_of(limits),
+        "processes": limits.processes,
+        "disk_bytes": disk_of(jail.devices),
+    }
+
+
+def image_view(image: Image, jails: int) -> ImageView:
+    return ImageView(
+        fingerprint=image.fingerprint,
+        aliases=image.aliases,
+        template=image.template,
+        size_bytes=image.size_bytes,
+        created_at=rfc3339(image.created_at),
+        architecture=image.architecture,
+        jails=jails,
+    )
+
+
+def image_info(image: Image, jails: int) -> ImageInfo:
+    view = {field: getattr(seen, field) for seen in [image_view(image, jails)] for field in seen.__struct_fields__}
+    files = [file.path for file in image.files]
+    return ImageInfo(**view, packages=image.packages, recipe=image.recipe, files=files, key=image.key)
+
+
+def _fields(m: Manager, jail: Jail, state: State | None, row_state: str) -> dict[str, Any]:
+    nic = jail.nics[0] if jail.nics else None
+    status, usage = "Stopped" if row_state == READY else "Error", Usage(disk_bytes=_disk(m, jail))
+    if state is not None:
+        cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+        status = "Frozen" if cgroups.is_frozen(m.hierarchies, cgroup) else "Running"
+        usage = Usage(*cgroups.usage(m.hierarchies, cgroup), usage.disk_bytes)
+    config = jail.config
+    if "size" in (root := jail.devices.get("root", {})):
+        config = config | {"limits.disk": root["size"]}
+    return {
+        "name": jail.name,
+        "tenant": jail.tenant,
+        "status": status,
+        "init_pid": state.pid if state is not None else None,
+        "ipv4": nic.ipv4 if nic else "",
+        "ipv6": nic.ipv6 if nic else "",
+        "image": jail.image,
+        "created_at": rfc3339(jail.created_at),
+        "limits": limits_view(jail),
+        "usage": usage,
+        "config": config,
+        "devices": jail.devices,
+        "project": jail.tenant,
+        "source": jail.source,
+        "ports": ports_of(jail),
+    }
+
+
+def _disk(m: Manager, jail: Jail) -> int | None:
+    pool = m.pool_if_open
+    return volume_usage(pool, jail.id) if pool is not None else None
+
+
+def _ending(m: Manager, tenant: str, name: str) -> Ending | None:
+    last = read_last(m.root, tenant, name)
+    if last is None:
+        return None
+    try:
+        return msgspec.convert(last, Ending)
+    except msgspec.ValidationError:
+        return None
+
+
+def running(m: Manager, jail: Jail) -> bool:
+    """Whether the jail's init is alive, with or without a supervisor."""
+    return read_state(m.root, jail.tenant, jail.name) is not None
+
+
+def not_running(jail: Jail) -> JailmgrError:
+    return JailmgrError(f"jail {jail.name}", "it is not running", f"Start it: jailmgr start {jail.name}", "conflict")

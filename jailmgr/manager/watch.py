@@ -1,0 +1,205 @@
+"""A thread that sees jails come and go, and supervisors die, as it happens.
+
+A supervisor writes and removes a state file for each jail in its tenant's runtime directory (inotify(7)): published
+ports follow it, since a jail that powers itself off or is started again by its restart policy asks nobody. A supervisor
+that dies while jails of its tenant run (pidfd_open(2)) is replaced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime import attach
+from jailmgr.runtime.state import load_state, read_state, running_jails, supervisor_process
+from jailmgr.runtime.syscalls import libc, open_process
+
+if TYPE_CHECKING:
+    from jailmgr.manager.host import Manager
+
+IN_MOVED_TO, IN_DELETE, IN_ONLYDIR, IN_IGNORED = 0x80, 0x200, 0x01000000, 0x8000
+_EVENT = struct.Struct("=iIII")
+"""struct inotify_event: wd, mask, cookie, length of the name."""
+
+HOLD_SECONDS = 60.0
+"""How long a supervisor without jails is kept for the next start: 30 ms saved."""
+
+log = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Watches the tenants it is told of, from `start` to `stop`."""
+
+    def __init__(self, m: Manager) -> None:
+        self._m = m
+        self._inotify = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self._inotify < 0:
+            error = ctypes.get_errno()
+            raise JailmgrError(
+                "inotify", os.strerror(error), "Raise the sysctl fs.inotify.max_user_instances.", "unavailable"
+            )
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._changed = threading.Condition()
+        self._tenants: dict[int, str] = {}
+        self._supervisors: dict[int, str] = {}
+        self._held: dict[str, tuple[attach.Supervisor, float]] = {}
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begin, and start the jails that want it after a boot of the host."""
+        from jailmgr.manager.reconcile import autostart
+
+        self._threads = [
+            threading.Thread(target=self._run, name="watch", daemon=True),
+            threading.Thread(target=autostart, args=(self._m, self._stopping.wait), name="autostart", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End, and wait for what is being done. Idempotent."""
+        self._stopping.set()
+        if self._inotify < 0:
+            return
+        os.eventfd_write(self._wake, 1)
+        for thread in self._threads:
+            thread.join()
+        with self._changed:
+            for fd in (self._inotify, self._wake, *self._supervisors):
+                os.close(fd)
+            self._inotify = -1
+            self._supervisors.clear()
+            for link, _ in self._held.values():
+                link.close()
+            self._held.clear()
+
+    def hold(self, link: attach.Supervisor, tenant: str) -> None:
+        """Keep a tenant's supervisor, jails or not, for `HOLD_SECONDS` from now, by an idle connection to it."""
+        with self._changed:
+            old, _ = self._held.pop(tenant, (None, 0.0))
+            if self._inotify < 0:
+                old = link
+            else:
+                self._held[tenant] = (link, time.monotonic() + HOLD_SECONDS)
+                os.eventfd_write(self._wake, 1)
+        if old is not None:
+            old.close()
+
+    def release(self, tenant: str) -> None:
+        """Let a supervisor without jails go."""
+        with self._changed:
+            link, _ = self._held.pop(tenant, (None, 0.0))
+        if link is not None:
+            link.close()
+
+    def _expire(self) -> int | None:
+        """Let go of what has been held long enough: milliseconds to the next, None where none is held."""
+        now = time.monotonic()
+        with self._changed:
+            over = [tenant for tenant, (_, until) in self._held.items() if until <= now]
+            left = [until - now for _, until in self._held.values() if until > now]
+        for tenant in over:
+            self.release(tenant)
+        return int(min(left) * 1000) + 1 if left else None
+
+    def watch(self, tenant: str) -> None:
+        """Watch over a tenant's jails and its supervisor from now on; again and again is fine."""
+        with self._changed:
+            if self._inotify < 0:
+                return
+            if tenant not in self._tenants.values():
+                directory = self._m.root.tenant_run(tenant)
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+                mask = IN_MOVED_TO | IN_DELETE | IN_ONLYDIR
+                watch = libc.inotify_add_watch(self._inotify, os.fsencode(directory), ctypes.c_uint32(mask))
+                if watch < 0:
+                    error = ctypes.get_errno()
+                    raise JailmgrError(f"inotify {directory}", os.strerror(error), "", "unavailable")
+                self._tenants[watch] = tenant
+            if tenant in self._supervisors.values():
+                return
+            process = supervisor_process(self._m.root, tenant)
+            pidfd = open_process(process) if process is not None else None
+            if pidfd is not None:
+                self._supervisors[pidfd] = tenant
+                os.eventfd_write(self._wake, 1)
+
+    def wait_ready(self, tenant: str, name: str, timeout: float) -> None:
+        """Until a running jail's init has told that the system is up; JailmgrError `failed` if it won't."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                state = load_state(self._m.root.tenant_run(tenant), name)
+                if state is None:
+                    raise JailmgrError(f"jail {name}", "it ended before it was up", f"See: jailmgr logs {name}")
+                if state.ready:
+                    return
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    why = f"its init has not told within {timeout:g} s that the system is up; the jail runs on"
+                    raise JailmgrError(f"jail {name}", why, f"See: jailmgr logs {name}")
+                self._changed.wait(left)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            poll = select.poll()
+            with self._changed:
+                watched = [self._inotify, self._wake, *self._supervisors]
+            for fd in watched:
+                poll.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(self._expire())}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._inotify in ready:
+                self._heard()
+            for pidfd in ready - {self._inotify, self._wake}:
+                self._supervisor_ended(pidfd)
+
+    def _heard(self) -> None:
+        events, at, jails = os.read(self._inotify, 65536), 0, set()
+        while at < len(events):
+            watch, mask, _, length = _EVENT.unpack_from(events, at)
+            at += _EVENT.size
+            name = os.fsdecode(events[at : at + length].rstrip(b"\0"))
+            at += length
+            tenant = self._tenants.get(watch)
+            if mask & IN_IGNORED:
+                with self._changed:
+                    self._tenants.pop(watch, None)
+            elif tenant is not None and name.endswith(".json"):
+                jails.add((tenant, name.removesuffix(".json")))
+        with self._changed:
+            self._changed.notify_all()
+        for tenant, name in jails:
+            self._attempt(tenant, name)
+
+    def _attempt(self, tenant: str, name: str) -> None:
+        from jailmgr.manager.networks import follow
+
+        try:
+            self.watch(tenant)
+            follow(self._m, tenant, name)
+        except (JailmgrError, OSError) as error:
+            log.error("jail %s/%s came or went: %s", tenant, name, error)
+
+    def _supervisor_ended(self, pidfd: int) -> None:
+        with self._changed:
+            tenant = self._supervisors.pop(pidfd, None)
+            os.close(pidfd)
+        if tenant is None or self._stopping.is_set():
+            return
+        try:
+            if any(read_state(self._m.root, tenant, name) for name in running_jails(self._m.root, tenant)):
+                log.warning("the supervisor of tenant %s ended while its jails run: a new one adopts them", tenant)
+                attach.connect(self._m.root, tenant).close()
+                self.watch(tenant)
+        except (JailmgrError, OSError) as error:
+            log.error("tenant %s has no supervisor: %s", tenant, error)

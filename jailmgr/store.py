@@ -1,0 +1,340 @@
+"""What an instance knows, in one SQLite file: tenants, networks, images, jails, published ports.
+
+One process writes (the engine). Rows carry a state, written before the work it announces begins, so that what a crash
+left half-done can be told from what is done.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from jailmgr.database import Database
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import Config, Devices, near_miss
+from jailmgr.model import Image, Jail, Network, Nic, Port, Tenant
+
+CREATING, READY, DELETING, RENAMING = "creating", "ready", "deleting", "renaming"
+
+_JAILS = "SELECT id, tenant, name, image, source, created_at, config, devices, idmap_base, state, next FROM jails"
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A jail and how far it is. `next`: the name it is getting, while `renaming`."""
+
+    jail: Jail
+    state: str
+    next: str | None = None
+
+
+class Store(Database):
+    """What an instance knows. Each call is one transaction, or part of the caller's (`with store.transaction()`)."""
+
+    def fact(self, name: str) -> str:
+        """A small thing remembered (`set_fact`), or an empty string."""
+        found = self.select("SELECT value FROM facts WHERE name = ?", name)
+        return str(found[0][0]) if found else ""
+
+    def set_fact(self, name: str, value: str) -> None:
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    # tenants
+
+    def tenants(self) -> list[Tenant]:
+        return [_tenant(row) for row in self.select("SELECT * FROM tenants ORDER BY name")]
+
+    def find_tenant(self, name: str) -> Tenant | None:
+        found = self.select("SELECT * FROM tenants WHERE name = ?", name)
+        return _tenant(found[0]) if found else None
+
+    def tenant(self, name: str) -> Tenant:
+        """JailmgrError `missing` where there is none of that name."""
+        found = self.find_tenant(name)
+        if found is None:
+            names = [tenant.name for tenant in self.tenants()]
+            raise JailmgrError(f"tenant {name}", "there is none of that name", near_miss(name, names), "missing")
+        return found
+
+    def add_tenant(self, name: str, config: dict[str, str], uid: int) -> Tenant:
+        with self.transaction() as db:
+            row = (name, time.time(), uid, _text(config))
+            try:
+                db.execute("INSERT INTO tenants (name, created_at, uid, config) VALUES (?, ?, ?, ?)", row)
+            except sqlite3.IntegrityError:
+                raise JailmgrError(f"tenant {name}", "there is one of that name already", "", "exists") from None
+            return self.tenant(name)
+
+    def set_tenant_uid(self, name: str, uid: int) -> None:
+        with self.transaction() as db:
+            db.execute("UPDATE tenants SET uid = ? WHERE name = ?", (uid, name))
+
+    def remove_tenant(self, name: str) -> None:
+        """With its networks. JailmgrError `conflict` where it has jails."""
+        with self.transaction() as db:
+            if count := db.execute("SELECT count(*) FROM jails WHERE tenant = ?", (name,)).fetchone()[0]:
+                raise JailmgrError(f"tenant {name}", f"it has {count} jails", "Delete them first.", "conflict")
+            db.execute("DELETE FROM networks WHERE tenant = ?", (name,))
+            db.execute("DELETE FROM tenants WHERE name = ?", (name,))
+
+    # networks
+
+    def networks(self, tenant: str | None = None) -> list[Network]:
+        query = "SELECT * FROM networks WHERE ? IS NULL OR tenant = ? ORDER BY tenant, name"
+        rows = self.select(query, tenant, tenant)
+        return [Network(*row) for row in rows]
+
+    def find_network(self, tenant: str, name: str) -> Network | None:
+        found = self.select("SELECT * FROM networks WHERE tenant = ? AND name = ?", tenant, name)
+        return Network(*found[0]) if found else None
+
+    def add_network(self, tenant: str, name: str, make: Callable[[int], Network]) -> Network:
+        """The network that `make` chooses for the id it is given; kept only if it could."""
+        with self.transaction() as db:
+            try:
+                row = db.execute("INSERT INTO networks VALUES (NULL, ?, ?, '', '', 'bridge')", (tenant, name))
+            except sqlite3.IntegrityError:
+                raise JailmgrError(f"network {name}", "there is one of that name already", "", "exists") from None
+            network = make(row.lastrowid or 0)
+            self.set_network_addresses(network)
+            return network
+
+    def set_network_addresses(self, network: Network) -> None:
+        with self.transaction() as db:
+            db.execute("UPDATE networks SET ipv4 = ?, ipv6 = ? WHERE id = ?", (network.ipv4, network.ipv6, network.id))
+
+    def addresses(self, network: Network) -> set[str]:
+        """IPv4 addresses of its jails."""
+        return {row[0] for row in self.select("SELECT ipv4 FROM nics WHERE network = ?", network.id)}
+
+    def count_nics(self) -> dict[int, int]:
+        """Jails of each network's id."""
+        return dict(self.select("SELECT network, count(*) FROM nics GROUP BY network"))
+
+    # images
+
+    def images(self) -> list[Image]:
+        """The newest last."""
+        rows = self.select("SELECT image FROM images ORDER BY created_at")
+        return [self._with_aliases(_decode_image(row[0])) for row in rows]
+
+    def find_image(self, fingerprint: str) -> Image | None:
+        found = self.select("SELECT image FROM images WHERE fingerprint = ?", fingerprint)
+        return self._with_aliases(_decode_image(found[0][0])) if found else None
+
+    def image_of_key(self, key: str) -> Image | None:
+        """The newest image built from inputs of this hash."""
+        found = self.select("SELECT image FROM images WHERE key = ? ORDER BY created_at DESC LIMIT 1", key)
+        return self._with_aliases(_decode_image(found[0][0])) if found and key else None
+
+    def image_of_alias(self, alias: str) -> Image | None:
+        found = self.select("SELECT fingerprint FROM aliases WHERE alias = ?", alias)
+        return self.find_image(found[0][0]) if found else None
+
+    def images_of_prefix(self, prefix: str) -> list[Image]:
+        rows = self.select("SELECT image FROM images WHERE substr(fingerprint, 1, ?) = ?", len(prefix), prefix)
+        return [self._with_aliases(_decode_image(row[0])) for row in rows]
+
+    def put_image(self, image: Image) -> None:
+        """Add or replace. Its aliases move to it from the images that had them."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO images VALUES (?, ?, ?, ?) ON CONFLICT (fingerprint)"
+                " DO UPDATE SET key = excluded.key, created_at = excluded.created_at, image = excluded.image",
+                (image.fingerprint, image.key, image.created_at, msgspec.json.encode(image)),
+            )
+            for alias in image.aliases:
+                db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, image.fingerprint))
+
+    def check_image_unused(self, fingerprint: str) -> None:
+        """JailmgrError `conflict` where a jail is made of the image."""
+        users = [row[0] for row in self.select("SELECT name FROM jails WHERE image = ? LIMIT 4", fingerprint)]
+        if users:
+            told = ", ".join(users[:3]) + (" and others" if len(users) > 3 else "")
+            hint = "Delete them first."
+            raise JailmgrError(f"image {fingerprint[:12]}", f"jails are made of it: {told}", hint, "conflict")
+
+    def remove_image(self, fingerprint: str) -> None:
+        """With its aliases."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM images WHERE fingerprint = ?", (fingerprint,))
+
+    def count_jails_of_images(self) -> dict[str, int]:
+        return dict(self.select("SELECT image, count(*) FROM jails GROUP BY image"))
+
+    def _with_aliases(self, image: Image) -> Image:
+        rows = self.select("SELECT alias FROM aliases WHERE fingerprint = ? ORDER BY alias", image.fingerprint)
+        return msgspec.structs.replace(image, aliases=[row[0] for row in rows])
+
+    # jails
+
+    def rows(self, tenant: str | None = None) -> list[Row]:
+        """All jails, of whatever state, by tenant and name."""
+        with self._lock:
+            found = self.select(f"{_JAILS} WHERE ? IS NULL OR tenant = ? ORDER BY tenant, name", tenant, tenant)
+            nics: dict[int, list[Nic]] = {}
+            for jail, *nic in self.select("SELECT jail, name, network_name, veth, mac, ipv4, ipv6 FROM nics"):
+                nics.setdefault(jail, []).append(Nic(*nic))
+        return [_row(row, nics.get(row[0], [])) for row in found]
+
+    def find_row(self, tenant: str, name: str) -> Row | None:
+        with self._lock:
+            found = self.select(f"{_JAILS} WHERE tenant = ? AND name = ?", tenant, name)
+            if not found:
+                return None
+            nics = self.select(
+                "SELECT name, network_name, veth, mac, ipv4, ipv6 FROM nics WHERE jail = ? ORDER BY name", found[0][0]
+            )
+        return _row(found[0], [Nic(*nic) for nic in nics])
+
+    def jails(self, tenant: str | None = None) -> list[Jail]:
+        """Those that are ready."""
+        return [row.jail for row in self.rows(tenant) if row.state == READY]
+
+    def jail(self, tenant: str, name: str) -> Jail:
+        """A ready one; JailmgrError `missing` or, while it is made or taken away, `conflict`."""
+        row = self.find_row(tenant, name)
+        if row is None:
+            names = [found[0] for found in self.select("SELECT name FROM jails WHERE tenant = ?", tenant)]
+            hint = near_miss(name, names) or "See jailmgr list."
+            raise JailmgrError(f"jail {name}", "there is none of that name", hint, "missing")
+        if row.state != READY:
+            doing = {CREATING: "created", DELETING: "deleted", RENAMING: "renamed"}[row.state]
+            raise JailmgrError(f"jail {name}", f"it is being {doing}", "Try again when that is done.", "conflict")
+        return row.jail
+
+    def name_taken(self, tenant: str, name: str) -> bool:
+        return bool(self.select("SELECT 1 FROM jails WHERE tenant = ? AND (name = ? OR next = ?)", tenant, name, name))
+
+    def reserve(self, tenant: str, name: str, source: str, config: Config, devices: Devices) -> Jail:
+        """A new row in state `creating`: from here on the name is taken. JailmgrError `exists`."""
+        with self.transaction() as db:
+            if self.name_taken(tenant, name):
+                raise JailmgrError(
+                    f"jail {name}", "there is one of that name already", "Choose another, or delete it first.", "exists"
+                )
+            db.execute(
+                "INSERT INTO jails (tenant, name, state, image, source, created_at, config, devices, idmap_base)"
+                " VALUES (?, ?, ?, '', ?, ?, ?, ?, 0)",
+                (tenant, name, CREATING, source, time.time(), _text(config), _text(devices)),
+            )
+            row = self.find_row(tenant, name)
+            assert row is not None
+            return row.jail
+
+    def update(self, jail: Jail) -> None:
+        """Write a jail's image, configuration, devices and id range."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE jails SET image = ?, config = ?, devices = ?, idmap_base = ? WHERE id = ?",
+                (jail.image, _text(jail.config), _text(jail.devices), jail.idmap_base, jail.id),
+            )
+
+    def set_nics(self, jail: Jail, nics: list[tuple[Network, Nic]]) -> None:
+        """JailmgrError `exists` where an address is taken in its network."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM nics WHERE jail = ?", (jail.id,))
+            for network, nic in nics:
+                try:
+                    db.execute(
+                        "INSERT INTO nics VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        (jail.id, nic.name, network.id, network.name, nic.veth, nic.mac, nic.ipv4, nic.ipv6),
+                    )
+                except sqlite3.IntegrityError:
+                    why = f"it is taken in network {network.name}"
+                    raise JailmgrError(f"address {nic.ipv4}", why, "Leave --ip out for a free one.", "exists") from None
+
+    def set_state(self, jail: Jail, state: str, next_name: str | None = None) -> None:
+        with self.transaction() as db:
+            try:
+                db.execute("UPDATE jails SET state = ?, next = ? WHERE id = ?", (state, next_name, jail.id))
+            except sqlite3.IntegrityError:
+                raise JailmgrError(f"jail {next_name}", "the name is being given to another", "", "exists") from None
+
+    def set_name(self, jail: Jail, name: str) -> None:
+        """End a rename: the row gets its new name and is ready."""
+        with self.transaction() as db:
+            db.execute("UPDATE jails SET name = ?, next = NULL, state = ? WHERE id = ?", (name, READY, jail.id))
+
+    def remove(self, jail: Jail) -> None:
+        with self.transaction() as db:
+            db.execute("DELETE FROM jails WHERE id = ?", (jail.id,))
+
+    # ports
+
+    def ports(self, tenant: str | None = None) -> list[Port]:
+        rows = self.select(
+            "SELECT j.tenant, j.name, p.host_address, p.host_port, p.port, p.protocol FROM ports p JOIN jails j"
+            " ON j.id = p.jail WHERE ? IS NULL OR j.tenant = ? ORDER BY p.host_port, p.protocol, p.host_address",
+            tenant,
+            tenant,
+        )
+        return [Port(*row) for row in rows]
+
+    def port_owner(self, port: Port) -> str | None:
+        """TENANT/NAME of the jail that has this host port, or one that overlaps with it; None if it is free."""
+        found = self.select(
+            "SELECT j.tenant || '/' || j.name FROM ports p JOIN jails j ON j.id = p.jail WHERE p.protocol = ? AND"
+            " p.host_port = ? AND (p.host_address = ? OR p.host_address = '' OR ? = '')",
+            port.protocol,
+            port.host_port,
+            port.host_address,
+            port.host_address,
+        )
+        return str(found[0][0]) if found else None
+
+    def set_ports(self, jail: Jail, ports: list[Port]) -> None:
+        """A jail's published ports become these. JailmgrError `exists` where one is another jail's."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM ports WHERE jail = ?", (jail.id,))
+            for port in ports:
+                if owner := self.port_owner(port):
+                    raise port_taken(port, f"it is published by jail {owner}")
+                db.execute(
+                    "INSERT INTO ports VALUES (?, ?, ?, ?, ?)",
+                    (jail.id, port.host_address, port.host_port, port.port, port.protocol),
+                )
+
+
+def port_taken(port: Port, why: str) -> JailmgrError:
+    """The error for a host port that can't be had."""
+    where = f"{port.host_address}:" if port.host_address else ""
+    return JailmgrError(f"port {where}{port.host_port}/{port.protocol}", why, "Choose another host port.", "exists")
+
+
+def _text(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _decode_image(encoded: bytes) -> Image:
+    return msgspec.json.decode(encoded, type=Image)
+
+
+def _tenant(row: Any) -> Tenant:
+    ident, name, created_at, uid, config = row
+    return Tenant(ident, name, created_at, uid, _CONFIG.decode(config))
+
+
+_DEVICES = msgspec.json.Decoder(dict[str, dict[str, str]])
+_CONFIG = msgspec.json.Decoder(dict[str, str])
+
+
+def _row(row: Any, nics: list[Nic]) -> Row:
+    ident, tenant, name, image, source, created_at, config, devices, idmap_base, state, next_name = row
+    jail = Jail(
+        ident,
+        tenant,
+        name,
+        image,
+        source,
+        created_at,
+        _CONFIG.decode(config),
+        _DEVICES.decode(devices),
+        idmap_base,
+        nics,
+    )
+    return Row(jail, state, next_name)
