@@ -1,0 +1,91 @@
+"""From an open manager to a served socket, and back down again when a signal asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from jailmgr.config import Root
+from jailmgr.engine.app import make_app
+from jailmgr.engine.background import Operations
+from jailmgr.engine.protocol import Server
+from jailmgr.engine.requests import Engine
+from jailmgr.manager.host import Manager
+
+GRACE_SECONDS = 30.0
+"""What running operations get when the engine is told to stop; the next start mends what a cut one left."""
+REQUEST_SECONDS = 5.0
+"""The same for a request that is in the manager."""
+THREADS = 32
+"""Requests that may be in the manager at a time, some of them waiting for a jail's lock."""
+
+log = logging.getLogger(__name__)
+
+
+def serve(root: Root, serves: Callable[[], None]) -> None:
+    """Open the manager, call `serves` once requests are answered, return after a signal when all is put away.
+
+    The caller holds `engine.lock`. Raises JailmgrError where the manager can't be opened.
+    """
+    manager = Manager(root)
+    manager.open()
+    if asyncio.run(_serve(root, manager, serves)):
+        manager.close()
+        log.info("engine ended")
+    else:
+        # Their threads would keep the process from ending, and what they work on is no longer to be touched.
+        log.warning(
+            "operations still run %.0f s after the signal: the next engine mends what they leave", GRACE_SECONDS
+        )
+        os._exit(0)
+
+
+async def _serve(root: Root, manager: Manager, serves: Callable[[], None]) -> bool:
+    """True when nobody works with the manager any more."""
+    threads = ThreadPoolExecutor(THREADS, "request")
+    operations = Operations()
+    server = Server(make_app(Engine(root, manager, operations, threads, time.time())), serves)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+
+    serving = asyncio.create_task(server.serve([listen(root)]))
+    stopped = asyncio.create_task(stop.wait())
+    log.info("engine serves %s, pid %d", root.socket, os.getpid())
+    await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+    log.info("engine stops")
+    # Who has connected by now is still served; who finds no socket starts the next engine, which waits for our lock.
+    with suppress(FileNotFoundError):
+        os.unlink(root.socket)
+    idle = await operations.close(GRACE_SECONDS)
+    server.leave.set()
+    await serving
+    closing = threading.Thread(target=threads.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+    closing.start()
+    closing.join(REQUEST_SECONDS)
+    return idle and not closing.is_alive()
+
+
+def listen(root: Root) -> socket.socket:
+    """The engine's socket, mode 0600, in place of one that a killed engine left. asyncio listens on it."""
+    with suppress(FileNotFoundError):
+        os.unlink(root.socket)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(root.socket)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(mask)
+    return sock
