@@ -1,0 +1,251 @@
+"""The engine's API: HTTP/1.1 (RFC 9112) over its unix socket, and starting the engine where none runs.
+
+Standard library only. `_socket` is the C part of `socket`, whose Python part costs more than a request.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import sys
+from typing import Any
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError, from_dict, from_os
+
+ANSWER_WITHIN = 120.0
+"""Seconds the engine has to answer a request: a request may wait for the jail's lock."""
+START_WITHIN = 120.0
+"""Seconds a new engine has until it serves: it first mends what a crash left."""
+BODY_MAX = 256 * 1024 * 1024
+HEAD_MAX = 64 * 1024
+
+_ENGINE = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jailmgr.engine.main import main; sys.exit(main())"
+
+
+class Connection:
+    """A connection to the engine, used for one request after another."""
+
+    def __init__(self, root: Root, sock: _socket.socket) -> None:
+        self.root = root
+        self._socket = sock
+        self._buffer = b""
+
+    def call(self, method: str, path: str, body: object = None, within: float = ANSWER_WITHIN) -> Any:
+        """The `metadata` of the engine's answer: what was asked for, or the operation that was begun.
+
+        Raises the JailmgrError that the engine tells, or one of code `unavailable` where it stops answering.
+        """
+        import json
+
+        content = b"" if body is None else json.dumps(body).encode()
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: jailmgr\r\nAccept: application/json\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
+        try:
+            self._socket.settimeout(within)
+            self._socket.sendall(head.encode() + content)
+            status, answer = self._read_answer()
+            document = json.loads(answer)
+        except TimeoutError:
+            raise JailmgrError(
+                f"engine at {self.root.socket}",
+                f"no answer within {within:.0f} s",
+                f"See {self.root.run}/engine.log; `jailmgr engine stop` ends it, and stops no jail.",
+                "unavailable",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise lost(self.root, str(error)) from error
+        if status < 400:
+            return document.get("metadata")
+        told = document.get("metadata")
+        if isinstance(told, dict) and "what" in told:
+            raise from_dict(told)
+        what, _, why = str(document.get("error", f"HTTP status {status}")).partition(": ")
+        raise JailmgrError(what if why else "engine", why or what)
+
+    def _read_answer(self) -> tuple[int, bytes]:
+        while b"\r\n\r\n" not in self._buffer:
+            if len(self._buffer) > HEAD_MAX:
+                raise ValueError("the head of its answer is too long")
+            self._receive()
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        version, status, *_ = lines[0].split(" ")
+        if not version.startswith("HTTP/1."):
+            raise ValueError("its answer is not HTTP")
+        headers = {
+            name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])
+        }
+        length = int(headers["content-length"]) if "content-length" in headers else -1
+        if not 0 <= length <= BODY_MAX:
+            raise ValueError("its answer has no usable length")
+        parts = [self._buffer]
+        missing = length - len(self._buffer)
+        self._buffer = b""
+        while missing > 0:
+            part = self._socket.recv(min(missing, 1 << 20))
+            if not part:
+                raise ConnectionResetError("it closed the connection")
+            parts.append(part)
+            missing -= len(part)
+        return int(status), b"".join(parts)
+
+    def _receive(self) -> None:
+        part = self._socket.recv(65536)
+        if not part:
+            raise ConnectionResetError("it closed the connection")
+        self._buffer += part
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def lost(root: Root, why: str) -> JailmgrError:
+    """The error of an engine that ended, or lost its senses, in the middle of a request."""
+    return JailmgrError(
+        f"engine at {root.socket}",
+        f"the connection was lost ({why})",
+        f"See {root.run}/engine.log. No running jail depends on it: the next command starts it again.",
+        "unavailable",
+    )
+
+
+def connect(root: Root) -> Connection | None:
+    """A connection to the engine; None where none runs."""
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        sock.connect(root.socket)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise from_os(f"engine at {root.socket}", error) from error
+    return Connection(root, sock)
+
+
+def ensure_engine(root: Root) -> Connection:
+    """A connection to the engine, which is started where none runs. Commands that come together start one.
+
+    Raises the JailmgrError with which the engine failed to start.
+    """
+    connection = connect(root)
+    if connection is not None:
+        return connection
+    import fcntl
+
+    try:
+        os.makedirs(root.run, mode=0o700, exist_ok=True)
+        lock = os.open(f"{root.run}/engine.starting", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os("starting the engine", error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        connection = connect(root)
+        if connection is None:
+            _start_engine(root)
+            connection = connect(root)
+    finally:
+        os.close(lock)
+    if connection is None:
+        raise lost(root, "it ended at once")
+    return connection
+
+
+def engine_environment(root: Root) -> dict[str, str]:
+    """The environment of an engine for `root`: the caller's, with the root it is to serve."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("JAILMGR_ROOT", "JAILMGR_TENANT")}
+    if root.at:
+        environment["JAILMGR_ROOT"] = root.at
+    environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    return environment
+
+
+def engine_argv() -> list[str]:
+    """The engine's own process: without Typer, and deaf to the current directory and PYTHON* variables (-I)."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return [sys.executable, "-I", "-c", _ENGINE, package]
+
+
+def _start_engine(root: Root) -> None:
+    """Start an engine in a session of its own and return when it serves (it writes to JAILMGR_READY_FD)."""
+    ready, told = os.pipe()
+    environment = engine_environment(root) | {"JAILMGR_READY_FD": str(told)}
+    log = os.open(f"{root.run}/engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        child = os.fork()
+        if child == 0:
+            _become_engine(environment, log, told)
+        os.close(told)
+        answer = _read_ready(root, ready)
+    finally:
+        os.close(ready)
+        os.close(log)
+    if not answer:
+        raise JailmgrError(
+            "starting the engine", _last_line(f"{root.run}/engine.log"), f"See {root.run}/engine.log.", "unavailable"
+        )
+    if answer.lstrip().startswith(b"{"):
+        import json
+
+        failure = json.loads(answer)
+        if failure.get("what"):
+            raise from_dict(failure)
+
+
+def _become_engine(environment: dict[str, str], log: int, told: int) -> None:
+    """In the forked child: never returns."""
+    import signal
+
+    try:
+        os.setsid()
+        os.chdir("/")
+        os.umask(0o022)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        null = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.set_inheritable(told, True)
+        os.closerange(3, told)
+        os.closerange(told + 1, os.sysconf("SC_OPEN_MAX"))
+        argv = engine_argv()
+        os.execve(argv[0], argv, environment)
+    finally:
+        os._exit(127)
+
+
+def _read_ready(root: Root, ready: int) -> bytes:
+    """The line that the engine writes when it serves or has failed; nothing where it died."""
+    import select
+    import time
+
+    deadline, answer = time.monotonic() + START_WITHIN, b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([ready], [], [], left)[0]:
+            raise JailmgrError(
+                "starting the engine",
+                f"it was not ready within {START_WITHIN:.0f} s",
+                f"See {root.run}/engine.log.",
+                "unavailable",
+            )
+        part = os.read(ready, 65536)
+        answer += part
+        if not part or b"\n" in part:
+            return answer
+
+
+def _last_line(path: str) -> str:
+    """The last line of a log, for an error's sake."""
+    with open(path, "rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 4096))
+        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it ended without a word"

@@ -1,0 +1,100 @@
+"""engine run, status, stop."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from typing import Any
+
+import typer
+
+from jailmgr.cli.client import connect, engine_argv, engine_environment
+from jailmgr.cli.command import command
+from jailmgr.cli.layout import local_time
+from jailmgr.cli.output import fields, remark, show
+from jailmgr.cli.settings import Settings
+from jailmgr.errors import JailmgrError
+
+STOP_WITHIN = 60.0
+"""Seconds an engine has to end what it is doing."""
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands to the noun's app."""
+    command(app, example="jailmgr engine run")(run)
+    command(app, example="jailmgr engine status --format json")(status)
+    command(app, example="jailmgr engine stop")(stop)
+
+
+def run(settings: Settings) -> int:
+    """Run the engine in the foreground, for systemd(1) and the like. Refused where one runs already."""
+    environment = engine_environment(settings.root)
+    os.execve(engine_argv()[0], engine_argv(), environment)
+
+
+def status(settings: Settings) -> int:
+    """Show whether the engine runs. This doesn't start it."""
+    about = {
+        "running": False,
+        "pid": None,
+        "version": None,
+        "root": settings.root.at or "/",
+        "socket": settings.root.socket,
+        "started_at": None,
+    } | _look(settings)
+    show(settings, about, lambda: _page(about))
+    return 0
+
+
+def _look(settings: Settings) -> dict[str, Any]:
+    connection = connect(settings.root)
+    if connection is None:
+        return {}
+    server = connection.call("GET", "/1.0", within=10.0)
+    return {
+        "running": True,
+        "pid": server["environment"]["server_pid"],
+        "version": server["environment"]["server_version"],
+        "started_at": server.get("started_at"),
+    }
+
+
+def _page(about: dict[str, Any]) -> str:
+    pairs = [("Running", "yes" if about["running"] else "no")]
+    if about["running"]:
+        pairs += [
+            ("Process", str(about["pid"])),
+            ("Version", str(about["version"])),
+            ("Started", local_time(about["started_at"])),
+        ]
+    return fields([*pairs, ("Root", about["root"]), ("Socket", about["socket"])])
+
+
+def stop(settings: Settings) -> int:
+    """Stop the engine. Running jails run on; the next command starts it again."""
+    about = _look(settings)
+    if not about:
+        remark(settings, "The engine does not run.")
+    else:
+        _end(int(about["pid"]), settings)
+    show(settings, {"running": False}, lambda: "")
+    return 0
+
+
+def _end(pid: int, settings: Settings) -> None:
+    """SIGTERM, and wait for the process to be gone (pidfd_open(2))."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        if not select.select([pidfd], [], [], STOP_WITHIN)[0]:
+            raise JailmgrError(
+                "engine stop",
+                f"process {pid} has not ended within {STOP_WITHIN:.0f} s",
+                f"See {settings.root.run}/engine.log. kill -9 {pid} is safe: the next start mends what it was doing.",
+            )
+    finally:
+        os.close(pidfd)

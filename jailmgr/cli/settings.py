@@ -1,0 +1,75 @@
+"""What the global options ask for, and the names of jails as users write them.
+
+On the way of every command: no imports beyond what the interpreter has already loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from jailmgr.config import Root, find_root
+from jailmgr.errors import JailmgrError
+
+
+class Settings(NamedTuple):
+    """The global options of one command."""
+
+    root: Root
+    tenant: str
+    format: str = "table"
+    """table, json, yaml or csv."""
+    quiet: bool = False
+    yes: bool = False
+
+
+class Cancelled(JailmgrError):
+    """The user interrupted, and what had begun was undone; or could not be, and `why` says so. Exit status 130."""
+
+
+def settle(given: dict[str, Any]) -> Settings:
+    """Settings of the options given; the environment and the defaults speak where none was.
+
+    Raises JailmgrError (invalid) for a tenant that is no DNS label or a root whose socket's path is too long.
+    """
+    tenant = given.get("tenant") or os.environ.get("JAILMGR_TENANT") or "default"
+    check_label("tenant", tenant)
+    return Settings(
+        find_root(given.get("root")),
+        tenant,
+        given.get("format") or "table",
+        bool(given.get("quiet")),
+        bool(given.get("yes")),
+    )
+
+
+def check_label(noun: str, name: str) -> None:
+    """JailmgrError unless `name` is a DNS label in lower case (RFC 1123, section 2.1; at most 63 bytes, RFC 1035)."""
+    fits = name.replace("-", "a").isalnum() and name.isascii() and name == name.lower()
+    if not fits or len(name) > 63 or name[0] == "-" or name[-1] == "-":
+        raise JailmgrError(
+            f"{noun} {name!r}",
+            "the name is not a DNS label",
+            "Use 1 to 63 of a-z, 0-9 and -, with no - at either end.",
+            "invalid",
+        )
+
+
+def split_name(settings: Settings, text: str) -> tuple[str, str]:
+    """Tenant and jail of `NAME` or `TENANT/NAME`. Raises JailmgrError where either is no DNS label."""
+    tenant, slash, name = text.rpartition("/")
+    if slash:
+        check_label("tenant", tenant)
+    check_label("jail", name)
+    return tenant if slash else settings.tenant, name
+
+
+def require_root() -> None:
+    """JailmgrError unless the caller is root: the engine and the supervisors answer nobody else."""
+    if os.geteuid() != 0:
+        raise JailmgrError("jailmgr", "only root may do this", "Run it with sudo.", "denied")
+
+
+def wrong_usage(what: str, why: str, hint: str = "") -> JailmgrError:
+    """The error of a command line that cannot be right on any host."""
+    return JailmgrError(what, why, hint, "invalid")

@@ -1,0 +1,180 @@
+"""`cp` on the host's side: a hostile tar, `-`, and which side is the jail's. `logs`: what may reach a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jailmgr.cli.files import split_side, transfer
+from jailmgr.cli.sessions import tame
+from jailmgr.cli.settings import settle
+from jailmgr.cli.unpack import unpack
+from jailmgr.errors import JailmgrError
+
+
+def entry(
+    name: str, kind: bytes = tarfile.REGTYPE, link: str = "", mode: int = 0o644, content: bytes = b""
+) -> tuple[tarfile.TarInfo, bytes]:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.mode, member.size = kind, link, mode, len(content)
+    member.uid, member.gid, member.mtime = os.geteuid(), os.getegid(), 1_000_000_000
+    return member, content
+
+
+def opened(*entries: tuple[tarfile.TarInfo, bytes]) -> tarfile.TarFile:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w|") as tar:
+        for member, content in entries:
+            tar.addfile(member, io.BytesIO(content))
+    return tarfile.open(fileobj=io.BytesIO(raw.getvalue()), mode="r|")
+
+
+FOLDER = entry("site", tarfile.DIRTYPE, mode=0o750)
+
+
+def test_a_folder_goes_into_a_folder_or_under_a_new_name(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for to, at in (("there", "there/site"), ("new", "new")):
+        unpack(
+            opened(FOLDER, entry("site/a", content=b"hi"), entry("site/l", tarfile.SYMTYPE, "a")), str(tmp_path / to)
+        )
+        made = tmp_path / at
+        assert (made / "a").read_bytes() == b"hi"
+        assert os.readlink(made / "l") == "a"
+        assert stat.S_IMODE(made.stat().st_mode) == 0o750
+        assert made.stat().st_mtime == 1_000_000_000
+
+
+def test_hard_links_stay_and_a_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "a").write_text("old")
+    unpack(opened(FOLDER, entry("site/a", content=b"new"), entry("site/b", tarfile.LNKTYPE, "site/a")), str(tmp_path))
+    assert (tmp_path / "site/b").read_text() == "new"
+    assert (tmp_path / "site/a").stat().st_ino == (tmp_path / "site/b").stat().st_ino
+
+
+@pytest.mark.parametrize("name", ["../x", "site/../../x", "site/./x", "site//x", ".."])
+def test_paths_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "to").mkdir()
+    with pytest.raises(JailmgrError, match="leads out"):
+        unpack(opened(FOLDER, entry(name, content=b"x")), str(tmp_path / "to"))
+    assert sorted(os.listdir(tmp_path)) == ["to"]
+
+
+def test_a_link_is_never_written_through(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("safe")
+    to = tmp_path / "to"
+    to.mkdir()
+    into = entry("site/link", tarfile.SYMTYPE, str(outside))
+    for bad in (
+        entry("site/link/file", content=b"bad"),
+        entry("site/link/new", content=b"bad"),
+        entry("site/link/dir", tarfile.DIRTYPE),
+        entry("site/hard", tarfile.LNKTYPE, "site/link/file"),
+        entry("site/link", tarfile.DIRTYPE),
+    ):
+        with pytest.raises(JailmgrError):
+            unpack(opened(FOLDER, into, bad), str(to))
+    file = entry("site/at", tarfile.SYMTYPE, str(outside / "file"))
+    unpack(opened(FOLDER, file, entry("site/at", content=b"bad")), str(to))
+    assert (to / "site/at").read_text() == "bad", "the link is replaced, what it leads to is not"
+    assert (outside / "file").read_text() == "safe"
+    assert os.listdir(outside) == ["file"]
+
+
+def test_devices_are_left_out_and_set_user_id_is_dropped(tmp_path: Path) -> None:
+    left_out = unpack(
+        opened(
+            FOLDER,
+            entry("site/null", tarfile.CHRTYPE),
+            entry("site/p", tarfile.FIFOTYPE),
+            entry("site/su", mode=0o6755),
+        ),
+        str(tmp_path),
+    )
+    assert left_out == ["site/null", "site/p"]
+    assert os.listdir(tmp_path / "site") == ["su"]
+    assert stat.S_IMODE((tmp_path / "site/su").stat().st_mode) == 0o755
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    unpack(opened(FOLDER, entry("site/a", content=b"hi")), str(tmp_path))
+    with pytest.raises(JailmgrError):
+        unpack(opened(FOLDER, entry("site/none/a")), str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "side"),
+    [
+        ("web:/etc/hosts", ("default", "web", "/etc/hosts")),
+        ("acme/web:/a:b", ("acme", "web", "/a:b")),
+        ("./web:/x", None),
+        ("/tmp/a:b", None),
+        ("-", None),
+        ("file", None),
+    ],
+)
+def test_which_side_is_in_a_jail(text: str, side: tuple[str, str, str] | None) -> None:
+    assert split_side(settle({}), text) == side
+
+
+@pytest.mark.parametrize("text", ["web:etc", "web:", "We_b:/etc", "../x/web:"])
+def test_sides_that_are_neither(text: str) -> None:
+    if text.startswith("."):
+        assert split_side(settle({}), text) is None
+        return
+    with pytest.raises(JailmgrError):
+        split_side(settle({}), text)
+
+
+def test_the_first_fault_of_a_copy_is_told() -> None:
+    full, theirs = OSError(28, "No space left on device"), JailmgrError("cp", "broken pipe")
+
+    def here(error: Exception) -> None:
+        raise error
+
+    def run(ours: Exception, echo: type[Exception]) -> None:
+        def end(mine: object) -> None:
+            assert callable(mine)
+            mine(0)
+            raise theirs
+
+        transfer(lambda _: here(ours), end, echo)
+
+    with pytest.raises(OSError, match="No space left"):
+        run(full, tarfile.ReadError)
+    with pytest.raises(JailmgrError, match="broken pipe"):
+        run(tarfile.ReadError("empty"), tarfile.ReadError)
+    with pytest.raises(JailmgrError, match="broken pipe"):
+        run(BrokenPipeError(), BrokenPipeError)
+
+
+@given(st.lists(st.binary(max_size=12) | st.sampled_from([b"\x1b[31m", b"\x1b]0;x\x07", b"\x1b[2J", b"\x1b", b"[0m"])))
+def test_a_log_steers_nothing_however_it_is_cut(parts: list[bytes]) -> None:
+    shown, rest = b"", b""
+    for part in parts:
+        text, rest = tame(rest + part)
+        shown += text
+    assert not set(shown) & (set(range(0x20)) - {0x09, 0x0A, 0x0D, 0x1B} | {0x7F})
+    for piece in shown.split(b"\x1b")[1:]:
+        head = piece.partition(b"m")
+        assert head[0][:1] == b"["
+        assert head[1] == b"m"
+        assert not head[0][1:].strip(b"0123456789;")
+
+
+def test_colours_survive_a_cut() -> None:
+    first, rest = tame(b"a\x1b[3")
+    second, left = tame(rest + b"1mred\r\n")
+    assert (first + second, left) == (b"a\x1b[31mred\r\n", b"")
