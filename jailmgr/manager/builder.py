@@ -46,7 +46,7 @@ def run_in_build(m: Manager, name: str, target: str, idmap_base: int, cancelled:
             environment=environment,
             terminal=False,
             limits=LIMITS,
-            seccomp=seccomp_filter(m.root),
+            seccomp=seccomp_filter(m.root, raw_volume=True),
         )
         save_bundle(lib, compile_bundle(plan))
         with _killed_when(cancelled, lambda: cgroups.kill(m.hierarchies, cgroup)):

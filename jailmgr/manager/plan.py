@@ -148,9 +148,12 @@ def write_bundle(m: Manager, jail: Jail) -> str:
     return directory
 
 
-def seccomp_filter(root: Root) -> str:
-    """The file of the compiled filter, made once for each deny list, libseccomp and architecture."""
-    section = seccomp.default_section()
+def seccomp_filter(root: Root, raw_volume: bool = False) -> str:
+    """The file of the compiled filter, made once for each deny list, libseccomp and architecture.
+
+    `raw_volume` as seccomp.default_section has it.
+    """
+    section = seccomp.default_section(raw_volume=raw_volume)
     told = json.dumps([section, platform.machine(), platform.release()], sort_keys=True)
     path = f"{root.run}/seccomp/{hashlib.sha256(told.encode()).hexdigest()[:16]}.bpf"
     if not os.path.exists(path):

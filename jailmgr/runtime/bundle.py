@@ -11,6 +11,7 @@ import os
 from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime import seccomp
 from jailmgr.runtime.capabilities import BOUNDING
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import Limits as Limits
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
     """As netlink.attach takes them."""
     limits: Limits = Limits()
     seccomp: str = ""
-    """File of the compiled filter; empty for none."""
+    """File of the compiled `linux.seccomp` section; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
 
@@ -117,6 +118,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
             ],
             "cgroupsPath": f"/{plan.cgroup}",
             "resources": _resources(plan.limits),
+            "seccomp": seccomp.default_section(raw_volume=not plan.lower),
             "maskedPaths": list(MASKED),
             "readonlyPaths": list(READONLY),
         },

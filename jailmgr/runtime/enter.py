@@ -141,6 +141,9 @@ def run(sock: socket.socket, command: Command, stdio: list[int], bundle: Bundle,
         moved = [os.dup(fd) for fd in stdio]
         for target, fd in enumerate(moved):
             os.dup2(fd, target)
+            status = os.fstat(fd)
+            if stat.S_ISFIFO(status.st_mode) and status.st_uid == 0:
+                os.fchown(fd, account.uid, -1)
         kernel.close_all_but(sock.fileno())
     home = account.home if account.home.startswith("/") else "/"
     env = command.env | {"HOME": home, "USER": account.name, "LOGNAME": account.name, "SHELL": account.shell}

@@ -44,11 +44,11 @@ def open_pty(ptmx: str, dir_fd: int = kernel.AT_FDCWD) -> Pty:
 def check_master(fd: int) -> None:
     """Whether an fd that came out of a jail is a pty's master and nothing else; JailmgrError when not."""
     status = os.fstat(fd)
-    if not (stat.S_ISCHR(status.st_mode) and status.st_rdev == _PTMX and _fs_type(fd) == _DEVPTS_MAGIC):
+    if not (stat.S_ISCHR(status.st_mode) and status.st_rdev == _PTMX and fs_type(fd) == _DEVPTS_MAGIC):
         raise JailmgrError("terminal", "what the jail has at /dev/pts/ptmx is not its devpts")
 
 
-def _fs_type(fd: int) -> int:
+def fs_type(fd: int) -> int:
     """f_type of fstatfs(2), the first long of struct statfs."""
     buffer = ctypes.create_string_buffer(512)
     if kernel.libc.fstatfs(fd, buffer) < 0:

@@ -93,7 +93,8 @@ def populate(root: int, bundle: Bundle) -> None:
 def open_console(root: int) -> Pty:
     """A pty of the jail's own devpts, its slave on /dev/console as well."""
     pty = open_pty("dev/pts/ptmx", root)
-    slave = kernel.open_tree(f"dev/pts/{pty.number}", root)
+    # By its fd: a path goes by the links of the jail's tree, and they lead to the host's terminals from here.
+    slave = kernel.open_tree("", pty.slave, kernel.AT_EMPTY_PATH)
     with_file = _touch(root, "dev/console")
     kernel.move_mount(slave, with_file)
     os.close(with_file)
@@ -103,10 +104,12 @@ def open_console(root: int) -> Pty:
 
 def open_notify(root: int) -> int:
     """A datagram socket at `NOTIFY` (sd_notify(3)); the fd of its receiving end."""
-    os.close(_directory(root, os.path.dirname(NOTIFY).lstrip("/")))
-    os.fchdir(root)
+    folder, name = os.path.split(NOTIFY)
+    place = _directory(root, folder.lstrip("/"))
+    os.fchdir(place)
+    os.close(place)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    sock.bind(NOTIFY.lstrip("/"))
+    sock.bind(name)
     return sock.detach()
 
 
@@ -216,7 +219,7 @@ def _read_only(root: int, path: str) -> None:
         target = kernel.openat2(root, path, os.O_PATH, _INSIDE)
     except FileNotFoundError:
         return
-    same = kernel.open_tree(path, root)
+    same = kernel.open_tree("", target, kernel.AT_EMPTY_PATH)
     kernel.mount_setattr(same, kernel.MOUNT_ATTR_RDONLY)
     kernel.move_mount(same, target)
     os.close(same)

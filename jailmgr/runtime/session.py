@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import archive, cgroups, enter, protocol, spawn
 from jailmgr.runtime.jail import Jail, signal_number
-from jailmgr.runtime.pty import check_master
+from jailmgr.runtime.pty import check_master, fs_type
 
 if TYPE_CHECKING:
     from jailmgr.runtime.supervisor import Supervisor
 
 _NULL = os.makedev(1, 3)
+_PIPEFS_MAGIC = 0x50495045
 
 
 class Child:
@@ -241,6 +242,7 @@ class Session:
         command = enter.read_command(body, base)
         if not command.tty:
             _check_stdio(fds)
+            _give_pipes(fds, jail.bundle.idmap_base)
         bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
         work = lambda sock: enter.run(sock, command, fds, bundle, bpf)  # noqa: E731
         enterer, control = enter.enter(jail.pidfd, bundle, supervisor.host.hierarchies, fds, work)
@@ -311,6 +313,13 @@ _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
 
 def _error(error: JailmgrError) -> dict[str, Any]:
     return {"error": error.as_dict()}
+
+
+def _give_pipes(fds: list[int], base: int) -> None:
+    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail; a named FIFO stays as it is."""
+    for fd in fds:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode) and fs_type(fd) == _PIPEFS_MAGIC:
+            os.fchown(fd, base, base)
 
 
 def _check_stdio(fds: list[int]) -> None:

@@ -65,9 +65,14 @@ def remove_state(run: str, jail: str) -> None:
 
 
 def read_state(root: Root, tenant: str, jail: str) -> State | None:
-    """A running jail's state; None when its init isn't alive."""
+    """A running jail's state; None when it doesn't run.
+
+    One whose init has just ended runs until its supervisor has cleared it away and said how it ended.
+    """
     state = load_state(root.tenant_run(tenant), jail)
-    return state if state is not None and start_time(state.pid) == state.starttime else None
+    if state is None or start_time(state.pid) == state.starttime or supervisor_process(root, tenant) is not None:
+        return state
+    return None
 
 
 def running_jails(root: Root, tenant: str) -> list[str]:

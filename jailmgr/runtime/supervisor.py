@@ -103,7 +103,7 @@ def main(run: str, ready_fd: int) -> None:
         os._exit(0)
     os.setsid()
     os.chdir("/")
-    os.umask(0o077)
+    os.umask(0o022)
     kernel.close_all_but(ready_fd)
     _own_stdio(f"{run}/{SUPERVISOR_LOG}")
     process.reset_signals()

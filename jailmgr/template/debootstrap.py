@@ -12,10 +12,10 @@ import re
 import select
 import shutil
 import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError
 from jailmgr.template.log import BuildLog
@@ -146,15 +146,12 @@ def first_stage(
     Raises JailmgrError: `unavailable` without debootstrap or its keyring, `full`, `conflict` when cancelled, `failed`.
     """
     what = f"build {build.source}"
-    with ExitStack() as undo:
-        scratch = undo.enter_context(tempfile.TemporaryDirectory(prefix="jailmgr-build-"))
-        wgetrc = f"{scratch}/wgetrc"
-        with open(wgetrc, "w", encoding="ascii") as file:
-            file.write(_WGETRC)
-        cache = undo.enter_context(_cache(cache_dir, build))
+    with _cache(cache_dir, build) as cache:
+        wgetrc = f"{cache_dir}/wgetrc"
+        _write_once(wgetrc, _WGETRC)
         argv = [*_CONTAIN, *_ONE_STREAM, *first_stage_argv(build, target, mirror, cache)]
         reader = Interaction(log, progress)
-        status = _run(argv, _environment(wgetrc, scratch), reader, cancelled, what)
+        status = _run(argv, _environment(wgetrc), reader, cancelled, what)
         if status != 0:
             error = failure(what, log, reader.error or f"debootstrap ended with status {status}")
             if reader.no_network and error.code == "failed":
@@ -213,10 +210,18 @@ def failure(what: str, log: BuildLog, why: str) -> JailmgrError:
     return JailmgrError(what, f"{why}{reason}", f"The whole log: {log.path}")
 
 
-def _environment(wgetrc: str, scratch: str) -> dict[str, str]:
+def _write_once(path: str, text: str) -> None:
+    """A file that any number of builds may write at the same time, for they write the same."""
+    new = f"{path}.{threading.get_native_id()}"
+    with open(new, "w", encoding="ascii") as file:
+        file.write(text)
+    os.replace(new, path)
+
+
+def _environment(wgetrc: str) -> dict[str, str]:
     """`container=lxc` spares debootstrap's trial of a device node: the pool is mounted nodev."""
     proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
-    return {"PATH": PATH, "HOME": scratch, "LANG": "C", "WGETRC": wgetrc, "container": "lxc", **proxies}
+    return {"PATH": PATH, "HOME": "/", "LANG": "C", "WGETRC": wgetrc, "container": "lxc", **proxies}
 
 
 def _run(argv: list[str], env: dict[str, str], reader: Interaction, cancelled: Cancelled, what: str) -> int:

@@ -52,7 +52,7 @@ def line_of(keys: dict[Path, int], path: Path) -> int:
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """Line and text of each header or `key = value`, strings and comments blanked out but for quoted keys."""
     text = text.replace("\r\n", "\n")
-    blank = _STRING.sub(lambda match: re.sub(r"[^\n]", "_", match[0]), text)
+    blank = _STRING.sub(lambda match: "_" * len(match[0]), text)
     start, depth, valued = 0, 0, False
     for position, char in enumerate(blank + "\n"):
         if char == "=":

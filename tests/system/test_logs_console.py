@@ -64,7 +64,10 @@ def test_a_guest_cannot_fill_the_hosts_disk(jm: Instance, busybox_jail: MakeJail
 def test_console(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail()
     with terminal(jm, "console", name) as term:
-        term.write(b"\necho $((6 * 7))\n")
+        term.expect(b"leaves it")
+        term.write(b"\n")
+        term.expect(b"# ")
+        term.write(b"echo $((6 * 7))\n")
         term.expect(b"42")
         term.write(DETACH)
         assert term.wait() == 0
@@ -75,7 +78,10 @@ def test_console(jm: Instance, busybox_jail: MakeJail) -> None:
 def test_console_of_a_jail_that_ends(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail()
     with terminal(jm, "console", name) as term:
-        term.write(b"\necho here\n")
+        term.expect(b"leaves it")
+        term.write(b"\n")
+        term.expect(b"# ")
+        term.write(b"echo here\n")
         term.expect(b"here")
         jm("stop", "--force", name)
         term.wait()
@@ -88,6 +94,7 @@ def test_debian_console_has_a_login(jm: Instance, debian_jail: MakeJail) -> None
     name = debian_jail()
     until(lambda: "login" in jm("logs", name).out.lower(), 20)
     with terminal(jm, "console", name) as term:
+        term.expect(b"leaves it")
         term.write(b"\n")
         term.expect(name.encode(), 20)
         term.write(DETACH)

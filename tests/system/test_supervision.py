@@ -16,13 +16,13 @@ from tests.system.instance import Instance, alive, kill, terminal, until
 
 def stopped(jm: Instance, name: str) -> dict[str, Any]:
     """How it ended, once it has."""
-    until(lambda: jm.status(name) == "Stopped", 20, f"{name} stops")
-    return dict(jm.info(name)["last_ended"])
+    ended = until(lambda: jm.status(name) == "Stopped" and jm.info(name)["last_ended"], 20, f"{name} stops")
+    return dict(ended)
 
 
 def set_init(jm: Instance, name: str, script: str) -> None:
     """Give a running jail another init from the next start on."""
-    jm.exec(name, "cp", "/dev/stdin", "/sbin/init", stdin=f"#!/bin/sh\n{script}\n".encode())
+    jm.exec(name, "sh", "-c", "cat > /sbin/init", stdin=f"#!/bin/sh\n{script}\n".encode())
     jm.exec(name, "chmod", "755", "/sbin/init")
     jm("stop", "--force", name)
 
@@ -67,7 +67,9 @@ def test_an_adopted_jail_gets_a_new_console(jm: Instance, busybox_jail: MakeJail
     kill(jm.info(name)["supervisor_pid"])
     jm.exec(name, "true")
     with terminal(jm, "console", name) as term:
+        term.expect(b"leaves it")
         term.write(b"\n")
+        term.expect(b"# ")
         term.write(b"echo $((6 * 7))\n")
         term.expect(b"42")
         term.write(b"\x1d\x1d\x1d")
