@@ -39,7 +39,8 @@ class _Held(msgspec.Struct):
     idmap: dict[str, tuple[int, int]] = {}
     uid: dict[str, int] = {}
     subnet: dict[str, str] = {}
-    port: dict[str, tuple[str, int, str]] = {}
+    port: dict[str, tuple[str, int, str, int]] = {}
+    """Address, number, protocol, and the network namespace they are in: its inode (namespaces(7))."""
 
 
 def claim_mark(root: Root) -> None:
@@ -136,11 +137,12 @@ def claim_subnet(root: Root, key: str, wanted: str | None = None) -> str:
 
 def claim_port(root: Root, key: str, address: str, port: int, protocol: str) -> None:
     """A port of the host for `key`; an empty address stands for all. Raises JailmgrError (`conflict`)."""
+    netns = os.stat("/proc/self/ns/net").st_ino
     with _claims() as claims:
         mine = _held(claims, root).port
         for name, held in claims.items():
-            for owner, (other, number, kind) in held.port.items():
-                clash = (number, kind) == (port, protocol) and _same_address(other, address)
+            for owner, (other, *taken) in held.port.items():
+                clash = taken == [port, protocol, netns] and _same_address(other, address)
                 if clash and (name != _name(root) or owner != key):
                     raise JailmgrError(
                         f"port {port}/{protocol}",
@@ -148,7 +150,7 @@ def claim_port(root: Root, key: str, address: str, port: int, protocol: str) -> 
                         "Choose another port of the host; `jailmgr port list` shows those in use.",
                         "conflict",
                     )
-        mine[key] = (address, port, protocol)
+        mine[key] = (address, port, protocol, netns)
 
 
 def release(root: Root, kind: str, key: str) -> None:

@@ -18,7 +18,6 @@ from jailmgr.manager.plan import cgroup_of, disk_of, limits_of, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
-from jailmgr.network import firewall
 from jailmgr.runtime import cgroups
 from jailmgr.storage.volume import rename_volume, resize_volume
 from jailmgr.store import RENAMING, Row
@@ -127,12 +126,12 @@ def _apply_ports(m: Manager, old: Jail, new: Jail, undo: ExitStack) -> None:
     with m.network_lock:
         for port in before:
             if port not in after:
-                undo.callback(firewall.publish, m.root, port, old.nics[0])
-                firewall.unpublish(m.root, port, old.nics[0])
+                undo.callback(networks.publish_port, m, old, port)
+                networks.unpublish_port(m, old, port)
         for port in after:
             if port not in before:
-                undo.callback(firewall.unpublish, m.root, port, new.nics[0])
-                firewall.publish(m.root, port, new.nics[0])
+                undo.callback(networks.unpublish_port, m, new, port)
+                networks.publish_port(m, new, port)
 
 
 def _put_back(m: Manager, old: Jail) -> None:

@@ -84,6 +84,8 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
 def up(m: Manager, jail: Jail) -> None:
     """The host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent."""
     with m.network_lock:
+        for port in ports_of(jail):
+            _claim_port(m, port)
         for nic in jail.nics:
             network = _of(m, jail, nic)
             fresh = not _is_up(m, network)
@@ -107,8 +109,28 @@ def unpublish(m: Manager, jail: Jail) -> None:
     """A jail that has ended: its host ports lead nowhere any more."""
     with m.network_lock:
         for port in ports_of(jail):
-            for nic in jail.nics[:1]:
-                firewall.unpublish(m.root, port, nic)
+            unpublish_port(m, jail, port)
+
+
+def publish_port(m: Manager, jail: Jail, port: Port) -> None:
+    """Lead a port of the host to a running jail. JailmgrError `conflict` where another instance has it."""
+    _claim_port(m, port)
+    firewall.publish(m.root, port, jail.nics[0])
+
+
+def unpublish_port(m: Manager, jail: Jail, port: Port) -> None:
+    """Take that back; fine where it wasn't done."""
+    firewall.unpublish(m.root, port, jail.nics[0])
+    claims.release(m.root, "port", _port_key(port))
+
+
+def _claim_port(m: Manager, port: Port) -> None:
+    claims.claim_port(m.root, _port_key(port), port.host_address, port.host_port, port.protocol)
+
+
+def _port_key(port: Port) -> str:
+    """The owner of a host port among the host's claims, so that no two instances publish the same one."""
+    return f"jail {port.tenant}/{port.jail} at {port.host_address or '*'}:{port.host_port}/{port.protocol}"
 
 
 def follow(m: Manager, tenant: str, name: str) -> None:
@@ -121,7 +143,7 @@ def follow(m: Manager, tenant: str, name: str) -> None:
             unpublish(m, row.jail)
         else:
             for port in ports_of(row.jail):
-                firewall.publish(m.root, port, row.jail.nics[0])
+                publish_port(m, row.jail, port)
 
 
 def forget(m: Manager, jail: Jail) -> None:
