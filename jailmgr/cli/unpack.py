@@ -36,8 +36,9 @@ def unpack(tar: tarfile.TarFile, to: str) -> list[str]:
             try:
                 if not _unpack_one(tar, member, top, path):
                     left_out.append(member.name)
-            except OSError as error:
-                raise JailmgrError(f"cp to {to}", f"{member.name}: {error.strerror or error}") from error
+            except (OSError, OverflowError) as error:
+                why = getattr(error, "strerror", None) or error
+                raise JailmgrError(f"cp to {to}", f"{member.name}: {why}") from error
             if member.isdir():
                 directories.append((path, member))
         for path, member in reversed(directories):
@@ -109,4 +110,8 @@ def _dress(fd: int, member: tarfile.TarInfo) -> None:
     """Owner, mode and time of what was made."""
     os.fchown(fd, member.uid, member.gid)
     os.fchmod(fd, member.mode & 0o1777 if member.isdir() else member.mode & 0o777)
-    os.utime(fd, (member.mtime, member.mtime))
+    try:
+        os.utime(fd, (member.mtime, member.mtime))
+    except OverflowError:
+        # The jail's root may set any time (utimensat(2)), some beyond what Python takes: the file keeps its own.
+        return

@@ -26,7 +26,7 @@ from jailmgr.manager.start import boot
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach, cgroups
-from jailmgr.runtime.state import host_boot_id, supervisor_process
+from jailmgr.runtime.state import host_boot_id, running_jails, supervisor_process
 from jailmgr.store import READY, RENAMING
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def reconcile(m: Manager) -> None:
     alive = [jail for jail in m.store.jails() if running(m, jail)]
     for jail in alive:
         _attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
-    for tenant in {jail.tenant for jail in alive}:
+    # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
+    for tenant in {jail.tenant for jail in m.store.jails() if jail.name in running_jails(m.root, jail.tenant)}:
         _attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
 
 

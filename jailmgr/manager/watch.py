@@ -28,7 +28,7 @@ IN_MOVED_TO, IN_DELETE, IN_ONLYDIR, IN_IGNORED = 0x80, 0x200, 0x01000000, 0x8000
 _EVENT = struct.Struct("=iIII")
 """struct inotify_event: wd, mask, cookie, length of the name."""
 
-HOLD_SECONDS = 60.0
+HOLD_SECONDS = 5.0
 """How long a supervisor without jails is kept for the next start: 30 ms saved."""
 
 log = logging.getLogger(__name__)

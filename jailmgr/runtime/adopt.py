@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from time import time
 
 from jailmgr.errors import JailmgrError
@@ -23,7 +24,11 @@ def adopt_all(host: Host, jails: dict[str, Jail]) -> None:
     for entry in os.listdir(host.run):
         name, is_state = entry.removesuffix(".json"), entry.endswith(".json")
         if is_state:
-            _adopt(host, jails, name)
+            try:
+                _adopt(host, jails, name)
+            except (JailmgrError, OSError):
+                # One jail's trouble (at its limit of processes, say) must not leave the tenant without a supervisor.
+                sys.excepthook(*sys.exc_info())
 
 
 def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
@@ -34,6 +39,9 @@ def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
         jail = Jail(host, name, state.lib)
     except JailmgrError:
         remove_state(host.run, name)
+        return
+    if state.once:
+        jail.clear()
         return
     pidfd = kernel.open_process(Process(state.pid, state.starttime)) if state.boot_id == host.boot_id else None
     if pidfd is None:

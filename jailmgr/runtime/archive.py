@@ -16,7 +16,7 @@ from jailmgr.errors import JailmgrError
 _BUFFER = 256 * 1024
 
 # By them tarfile asks for the names of owners, and so by the jail's nsswitch.conf(5), which names libraries of the
-# guest's for glibc to load into this process (CVE-2019-14271 was that). It does without where a host has no such modules.
+# guest's for glibc to load into this process (CVE-2019-14271 was that). tarfile does without.
 tarfile.pwd = tarfile.grp = None  # type: ignore[attr-defined]
 
 

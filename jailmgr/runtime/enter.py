@@ -34,6 +34,8 @@ _ALL_NAMESPACES = (
     | kernel.CLONE_NEWTIME
 )
 _PASSWD_MAX = 1 << 20
+_NO_ID = 0xFFFFFFFF
+"""-1 to setresuid(2), which leaves the uid as it is."""
 
 
 class Command(NamedTuple):
@@ -183,6 +185,8 @@ def find_account(user: str | None) -> Account:
             entry = [wanted, "", wanted, "0" if wanted == "0" else wanted, "", "/", "/bin/sh"]
         uid, gid = int(entry[2]), int(entry[3])
         gid = _group_id(group) if has_group else gid
+        if not (0 <= uid < _NO_ID and 0 <= gid < _NO_ID):
+            raise ValueError(f"{uid}:{gid} are no ids")
         groups = [gid, *(int(row[2]) for row in _table("/etc/group", 4) if entry[0] in row[3].split(","))]
     except ValueError as error:
         raise JailmgrError("exec", f"the jail's /etc/passwd or /etc/group is broken ({error})") from error

@@ -16,9 +16,9 @@ from jailmgr.runtime.bundle import Bundle, load_bundle, write_json
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
 from jailmgr.runtime.loop import Loop, Timer
+from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, write_state
 
-READY_MAX = 4096
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
@@ -62,9 +62,11 @@ class Jail:
         self.waiters: list[Callable[[dict[str, Any]], None]] = []
         self.ready_waiters: list[Callable[[], None]] = []
         self._visit: spawn.Spawned | None = None
-        self._notify = -1
+        self._notify: Notify | None = None
         self._ours = False
         self._stopping = ""
+        self.once = False
+        """Runs for a client, with its pipes (state.State): a reboot ends it, and nobody starts it again."""
         self._killed = False
         self._reaped = False
         self._reap_timer: Timer | None = None
@@ -107,19 +109,21 @@ class Jail:
             self._start_timer.cancel()
             self._start_timer = None
         self.bundle, hierarchies = bundle, self.host.hierarchies
+        self.once = stdio is not None or payload is not None
         bpf = self.host.filter(bundle.seccomp)
         try:
             make_groups(hierarchies, bundle)
             spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload)
         except BaseException:
             self.clear()
+            self.host.changed(self)
             raise
         self.pidfd, self._ours, self._stopping = spawned.pidfd, True, ""
         self._killed = self._reaped = False
         starttime = kernel.start_time(spawned.pid)
         self.state = State(
             spawned.pid, starttime or 0, time(), restarts, False,
-            cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id,
+            cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
         )  # fmt: skip
         try:
             write_state(self.host.run, self.name, self.state)
@@ -130,6 +134,8 @@ class Jail:
                 protocol.send(spawned.control, {})
         except BaseException:
             spawned.control.close()
+            # It ends by itself at that, unless it was about to exec what the guest has there.
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             os.close(self.pidfd)
             for fd in (spawned.console, spawned.notify):
@@ -137,6 +143,7 @@ class Jail:
                     os.close(fd)
             self._forget()
             self.clear()
+            self.host.changed(self)
             raise
         self._watch(spawned.console, spawned.notify)
         self.host.changed(self)
@@ -159,20 +166,10 @@ class Jail:
         if console is not None:
             self.console = Console(self.host.loop, console, self.log, lambda _: None)
         if notify is not None:
-            self._notify = notify
-            self.host.loop.watch(notify, lambda _: self._told())
+            self._notify = Notify(self.host.loop, notify, self._up)
 
-    def _told(self) -> None:
-        """A datagram of sd_notify(3). The guest may send anything: only READY=1 means something, once."""
-        sock = socket.socket(fileno=os.dup(self._notify))
-        try:
-            words = sock.recv(READY_MAX).split(b"\n")
-        except OSError:
-            return
-        finally:
-            sock.close()
-        if b"READY=1" in words and self.state is not None:
-            self._close_notify()
+    def _up(self) -> None:
+        if self.state is not None:
             self.state = self.state._replace(ready=True)
             write_state(self.host.run, self.name, self.state)
             waiting, self.ready_waiters = self.ready_waiters, []
@@ -188,6 +185,7 @@ class Jail:
             return
         if not self.running:
             return
+        number = signal_number(by_signal)
         self._stopping = "admin"
         if self._kill_timer is not None:
             self._kill_timer.cancel()
@@ -197,7 +195,7 @@ class Jail:
             return
         cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)
         try:
-            signal.pidfd_send_signal(self.pidfd, signal_number(by_signal))
+            signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
             return
         self._kill_timer = self.host.loop.after(timeout, self._kill)
@@ -211,6 +209,8 @@ class Jail:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 return
+            if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
+                cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)  # v1's freezer holds even who is killed
 
     def _ended(self) -> None:
         if self.state is None:
@@ -232,13 +232,17 @@ class Jail:
         if self._kill_timer is not None:
             self._kill_timer.cancel()
             self._kill_timer = None
-        again = ending["kind"] == "reboot" and not self._stopping
+        again = ending["kind"] == "reboot" and not self._stopping and not self.once
         failed = ending["kind"] in ("oom", "unknown", "signal") or (ending["kind"] == "exit" and ending["status"] != 0)
         if not self._stopping and ending["kind"] != "reboot":
             again = self.bundle.restart == "always" or (self.bundle.restart == "on-failure" and failed)
         self._forget()
         self.log.note(f"ended: {ending['kind']} by {ending['by']}")
-        self.clear()
+        try:
+            self.clear()
+        except (JailmgrError, OSError) as error:
+            # Those who wait are told all the same; the state file is still there for a next supervisor to do it.
+            self.log.note(f"not all of it could be taken away: {error}")
         if time() - state.started_at > STEADY_SECONDS:
             self._tries = 0
         if not again:
@@ -306,16 +310,12 @@ class Jail:
             return ended | {"kind": "reboot"}
         return ended | {"kind": "signal", "status": number}
 
-    def _close_notify(self) -> None:
-        if self._notify >= 0:
-            self.host.loop.forget(self._notify)
-            os.close(self._notify)
-            self._notify = -1
-
     def _forget(self) -> None:
         """The process is gone: so are its console, its notify socket and its state."""
         self.state, self.pidfd = None, -1
-        self._close_notify()
+        if self._notify is not None:
+            self._notify.close()
+            self._notify = None
         if self.console is not None:
             self.console.close()
             self.console = None

@@ -62,9 +62,10 @@ class Loop:
     def run(self) -> None:
         while self._going:
             timeout = max(0.0, self._timers[0].due - monotonic()) if self._timers else -1
-            for fd, events in self._epoll.poll(timeout):
-                callback = self._watched.get(fd)
-                if callback is not None:
+            ready = [(fd, events, self._watched.get(fd)) for fd, events in self._epoll.poll(timeout)]
+            for fd, events, callback in ready:
+                # One called before may have closed this fd, and the number be another's by now.
+                if callback is not None and self._watched.get(fd) is callback:
                     try:
                         callback(events)
                     except Exception:  # noqa: BLE001 - one jail's trouble must not end the watch over the others

@@ -27,6 +27,8 @@ CANNOT, NOT_FOUND = 126, 127
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _NULL = os.makedev(1, 3)
 _ENOENT = 2
+_DRAIN = 64
+"""Reads of what a terminal still holds when the command has ended; one gives 4 KiB at most."""
 _DETACH = b"\x1d\x1d\x1d"
 """ctrl-] three times."""
 
@@ -140,11 +142,16 @@ class _Relay:
                     target = self._routes.pop(fd)
                     if fd == 0 and target != self._master:
                         os.close(target)
+        self._drain()
+        return _exit_status(done)
+
+    def _drain(self) -> None:
+        """What a terminal still holds; no more than that, for someone inside may go on writing for ever."""
         if self._master >= 0:
             os.set_blocking(self._master, False)
-            while _copy(self._master, 1):
-                pass
-        return _exit_status(done)
+            for _ in range(_DRAIN):
+                if not _copy(self._master, 1):
+                    break
 
     def _take_terminal(self, master: int, poll: select.poll, undo: ExitStack) -> None:
         self._master = master
@@ -196,7 +203,7 @@ def raw_terminal(undo: ExitStack) -> None:
     """Our terminal raw until `undo` (termios(3))."""
     before = termios.tcgetattr(0)
     undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, before)
-    tty.setraw(0)
+    tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead is for the jail
 
 
 def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> None:

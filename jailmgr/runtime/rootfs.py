@@ -13,6 +13,7 @@ import stat
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
+from jailmgr.runtime.notify import refuse_fds
 from jailmgr.runtime.pty import Pty, open_pty
 
 _ATTRIBUTES = {
@@ -109,6 +110,7 @@ def open_notify(root: int) -> int:
     os.fchdir(place)
     os.close(place)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    refuse_fds(sock)
     sock.bind(name)
     return sock.detach()
 

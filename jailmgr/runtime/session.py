@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.runtime import archive, cgroups, enter, protocol, spawn
+from jailmgr.runtime import archive, cgroups, enter, process, protocol, spawn
 from jailmgr.runtime.jail import Jail, signal_number
 from jailmgr.runtime.pty import check_master, fs_type
 
@@ -32,26 +32,36 @@ class Child:
         self._control: socket.socket | None = control
         self._enterer = os.pidfd_open(enterer)
         self._pidfd = -1
+        self._signalled = False
         self._failed: dict[str, Any] | None = None
         self._loop = session.supervisor.loop
         self._loop.watch(self._enterer, lambda _: self._entered())
         self._loop.watch(control.fileno(), self._control_ready)
 
     def signal(self, number: int) -> None:
-        if self._pidfd >= 0:
+        """Before there is a program the enterer takes it: a guest that has frozen `.exec` would keep that for ever."""
+        self._signalled = True
+        target = self._pidfd if self._pidfd >= 0 else self._enterer
+        if target >= 0:
             try:
-                signal.pidfd_send_signal(self._pidfd, number)
+                signal.pidfd_send_signal(target, number)
             except ProcessLookupError:
                 return
 
     def _entered(self) -> None:
         """The enterer has ended: what it said is there to read."""
         self._loop.forget(self._enterer)
-        os.waitid(os.P_PIDFD, self._enterer, os.WEXITED)
+        info = os.waitid(os.P_PIDFD, self._enterer, os.WEXITED)
         os.close(self._enterer)
+        self._enterer = -1
         while self._control is not None and self._heard():
             pass
-        if self._pidfd < 0:
+        if self._pidfd >= 0:
+            return
+        self._session.supervisor.strays.look()
+        if self._signalled and self._failed is None and info is not None and info.si_code != os.CLD_EXITED:
+            self._session.finish({"exit": {"signal": info.si_status}})
+        else:
             self._session.finish(self._failed or _error(JailmgrError("exec", "the jail ended")))
 
     def _control_ready(self, _: int) -> None:
@@ -76,11 +86,21 @@ class Child:
         elif "tty" in said.body and said.fds:
             self._offer_terminal(said.fds)
         elif "pid" in said.body and self._pidfd < 0:
-            self._pidfd = os.pidfd_open(said.body["pid"])
-            self._loop.watch(self._pidfd, lambda _: self._ended())
+            self._take_program(int(said.body["pid"]))
         else:
             protocol.close_all(said.fds)
         return True
+
+    def _take_program(self, pid: int) -> None:
+        """A child of ours, or it is not what it says and no signal goes there: ChildProcessError (waitid(2))."""
+        pidfd = os.pidfd_open(pid)
+        try:
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            os.close(pidfd)
+            raise
+        self._pidfd = pidfd
+        self._loop.watch(pidfd, lambda _: self._ended())
 
     def _offer_terminal(self, fds: list[int]) -> None:
         try:
@@ -181,7 +201,7 @@ class Session:
         name, supervisor = body["jail"], self.supervisor
         jail = supervisor.jails.get(name)
         if jail is not None and jail.running:
-            raise JailmgrError(f"jail {name}", "is already running", "", "conflict")
+            raise _busy(jail)
         jail = jail or Jail(supervisor.host, name, body["lib"])
         jail.start()
         assert jail.state is not None
@@ -236,8 +256,7 @@ class Session:
     def _exec(self, body: dict[str, Any], fds: list[int]) -> None:
         supervisor = self.supervisor
         jail = supervisor.find(body["jail"])
-        if cgroups.is_frozen(supervisor.host.hierarchies, jail.bundle.cgroup):
-            raise JailmgrError(f"jail {jail.name}", "is paused", f"Resume it: jailmgr resume {jail.name}", "conflict")
+        _check_not_paused(jail, supervisor.host.hierarchies)
         base = {name: value for name, value in jail.bundle.env.items() if name != "TERM"}
         command = enter.read_command(body, base)
         if not command.tty:
@@ -265,9 +284,18 @@ class Session:
 
         supervisor = self.supervisor
         jail = supervisor.jails.get(body["jail"])
+        if jail is not None and jail.once:
+            raise _busy(jail)
         if jail is not None and jail.running:
             hierarchies = supervisor.host.hierarchies
-            enterer, control = enter.enter(jail.pidfd, jail.bundle, hierarchies, fds, lambda _: copy())
+            _check_not_paused(jail, hierarchies)
+            bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
+
+            def work(_: socket.socket) -> None:
+                process.become(bundle.capabilities, bpf)
+                copy()
+
+            enterer, control = enter.enter(jail.pidfd, bundle, hierarchies, fds, work)
             self._child = Child(self, enterer, control)
             return
         visitor = Jail(supervisor.host, body["jail"], body["lib"])
@@ -316,10 +344,23 @@ def _error(error: JailmgrError) -> dict[str, Any]:
 
 
 def _give_pipes(fds: list[int], base: int) -> None:
-    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail; a named FIFO stays as it is."""
+    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail; a named FIFO stays."""
     for fd in fds:
         if stat.S_ISFIFO(os.fstat(fd).st_mode) and fs_type(fd) == _PIPEFS_MAGIC:
             os.fchown(fd, base, base)
+
+
+def _busy(jail: Jail) -> JailmgrError:
+    if jail.once:
+        why = "something is being copied to or from it"
+        return JailmgrError(f"jail {jail.name}", why, "Try again when that is done.", "conflict")
+    return JailmgrError(f"jail {jail.name}", "is already running", "", "conflict")
+
+
+def _check_not_paused(jail: Jail, hierarchies: cgroups.Hierarchies) -> None:
+    """Who enters a frozen group waits until it is thawed."""
+    if cgroups.is_frozen(hierarchies, jail.bundle.cgroup):
+        raise JailmgrError(f"jail {jail.name}", "is paused", f"Resume it: jailmgr resume {jail.name}", "conflict")
 
 
 def _check_stdio(fds: list[int]) -> None:

@@ -70,7 +70,11 @@ def spawn(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
     leaf = cgroups.leaf_fd(hierarchies, bundle.cgroup)
-    outer = kernel.fork_into(leaf)
+    try:
+        outer = kernel.fork_into(leaf)
+    finally:
+        if leaf is not None:
+            os.close(leaf)
     if outer == 0:
         ours.close()
 
@@ -80,8 +84,6 @@ def spawn(
 
         process.trap("start", partial(protocol.send, theirs), build)
     theirs.close()
-    if leaf is not None:
-        os.close(leaf)
     told: dict[str, protocol.Message] = {}
     try:
         _lead(ours, outer, bundle)
@@ -259,6 +261,7 @@ def _init(
     _go(sock)
     protocol.close_all(shown)
     if payload is not None:
+        process.become(bundle.capabilities, bpf)
         payload.work()
         return
     _stand_on(console.slave if console else None, stdio)
@@ -272,5 +275,7 @@ def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
         make_controlling(slave)
         return
     os.setsid()
-    for target, fd in enumerate(stdio or ()):
+    # Without any it gets /dev/null, and never the supervisor's own log.
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if stdio is None else -1
+    for target, fd in enumerate(stdio or (null, null, null)):
         os.dup2(fd, target)

@@ -34,6 +34,8 @@ class State(NamedTuple):
     lib: str
     boot_id: str
     """Of the host: a file from before a reboot tells of no process of today."""
+    once: bool = False
+    """Not the jail's own init but a build, or a visit of `cp` to a stopped jail: it ends with who asked for it."""
     version: int = VERSION
 
 
@@ -70,7 +72,9 @@ def read_state(root: Root, tenant: str, jail: str) -> State | None:
     One whose init has just ended runs until its supervisor has cleared it away and said how it ended.
     """
     state = load_state(root.tenant_run(tenant), jail)
-    if state is None or start_time(state.pid) == state.starttime or supervisor_process(root, tenant) is not None:
+    if state is None or state.once:
+        return None
+    if start_time(state.pid) == state.starttime or supervisor_process(root, tenant) is not None:
         return state
     return None
 

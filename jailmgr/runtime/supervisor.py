@@ -26,6 +26,7 @@ from jailmgr.runtime.jail import Host, Jail
 from jailmgr.runtime.loop import Loop
 from jailmgr.runtime.session import Session
 from jailmgr.runtime.state import LOCK, SOCKET, SUPERVISOR_LOG
+from jailmgr.runtime.strays import Strays
 from jailmgr.runtime.syscalls import Process, start_time
 
 LOG_MAX = 256 * 1024
@@ -36,6 +37,7 @@ class Supervisor:
 
     def __init__(self, run: str, listener: socket.socket) -> None:
         self.loop = Loop()
+        self.strays = Strays(self.loop)
         self.host = Host(self.loop, run, cgroups.discover(), self._changed)
         self.jails: dict[str, Jail] = {}
         self._listener = listener
@@ -53,7 +55,7 @@ class Supervisor:
     def find(self, name: str) -> Jail:
         """A jail that is alive; JailmgrError when it isn't."""
         jail = self.jails.get(name)
-        if jail is None or not jail.running:
+        if jail is None or not jail.running or jail.once:
             raise JailmgrError(f"jail {name}", "is not running", f"Start it: jailmgr start {name}", "conflict")
         return jail
 

@@ -202,6 +202,18 @@ class Terminal(NamedTuple):
         del self.seen[:end]
         return found
 
+    def prompt(self) -> None:
+        """Press Enter until a shell shows its prompt: one that has just begun throws away what was typed before."""
+        until(lambda: self._answers(b"# "), 15, "a shell's prompt")
+
+    def _answers(self, text: bytes) -> bool:
+        self.write(b"\n")
+        try:
+            self.expect(text, 0.5)
+        except AssertionError:
+            return False
+        return True
+
     def wait(self, within: float = 15) -> int:
         """The exit status; what it still writes is thrown away, so that it never waits for a reader."""
         deadline = time.monotonic() + within

@@ -69,7 +69,8 @@ def test_stop_is_orderly(jm: Instance, debian_jail: MakeJail) -> None:
     jm("start", "--wait", name)
     assert jm.exec(name, "systemctl", "is-system-running").out == "running\n"
     journal = jm.exec(name, "journalctl", "--no-pager", "-b", "-1", status=None).out
-    assert "Failed" not in journal
+    assert "Failed to start" not in journal
+    assert "Failed with result" not in journal
 
 
 def test_five_boot_at_once(jm: Instance, debian: str, debian_jail: MakeJail) -> None:

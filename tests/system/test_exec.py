@@ -185,7 +185,7 @@ def test_many_at_once(jm: Instance, jail: str) -> None:
 
 def test_shell_is_a_login_shell(jm: Instance, jail: str) -> None:
     with terminal(jm, "shell", jail) as term:
-        term.expect(b"# ")
+        term.prompt()
         term.write(b"echo $((6 * 7)) $0; exit 5\n")
         term.expect(b"42 -")
         assert term.wait() == 5

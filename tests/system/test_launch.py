@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -152,8 +153,9 @@ def test_a_launch_that_fails_leaves_no_jail(jm: Instance) -> None:
 
 def test_two_launches_at_once_build_once(new_instance: Callable[[], Instance]) -> None:
     instance = new_instance()
-    both = [instance.popen("launch", "busybox", name) for name in ("one", "two")]
-    assert [process.wait(120) for process in both] == [0, 0]
+    both = [instance.popen("launch", "busybox", name, stderr=subprocess.PIPE) for name in ("one", "two")]
+    told = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
     (image,) = instance.json("image", "list")
     assert image["jails"] == 2
     assert sorted(row["name"] for row in instance.json("list")) == ["one", "two"]

@@ -65,8 +65,7 @@ def test_console(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail()
     with terminal(jm, "console", name) as term:
         term.expect(b"leaves it")
-        term.write(b"\n")
-        term.expect(b"# ")
+        term.prompt()
         term.write(b"echo $((6 * 7))\n")
         term.expect(b"42")
         term.write(DETACH)
@@ -79,8 +78,7 @@ def test_console_of_a_jail_that_ends(jm: Instance, busybox_jail: MakeJail) -> No
     name = busybox_jail()
     with terminal(jm, "console", name) as term:
         term.expect(b"leaves it")
-        term.write(b"\n")
-        term.expect(b"# ")
+        term.prompt()
         term.write(b"echo here\n")
         term.expect(b"here")
         jm("stop", "--force", name)
@@ -92,11 +90,11 @@ def test_console_of_a_jail_that_ends(jm: Instance, busybox_jail: MakeJail) -> No
 
 def test_debian_console_has_a_login(jm: Instance, debian_jail: MakeJail) -> None:
     name = debian_jail()
-    until(lambda: "login" in jm("logs", name).out.lower(), 20)
     with terminal(jm, "console", name) as term:
         term.expect(b"leaves it")
-        term.write(b"\n")
-        term.expect(name.encode(), 20)
+        term.prompt()
+        term.write(b"hostname -f\n")
+        term.expect(name.encode())
         term.write(DETACH)
         assert term.wait() == 0
 
@@ -104,6 +102,7 @@ def test_debian_console_has_a_login(jm: Instance, debian_jail: MakeJail) -> None
 def test_debian_shell(jm: Instance, debian_jail: MakeJail) -> None:
     name = debian_jail()
     with terminal(jm, "shell", name) as term:
+        term.prompt()
         term.write(b"echo $((6 * 7)) on $(hostname); exit 3\n")
         term.expect(f"42 on {name}".encode())
         assert term.wait() == 3
