@@ -5,13 +5,25 @@ Imports almost nothing before the command is known.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 from jailmgr.errors import JailmgrError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 EXEC_FAILED = 125
 """Exit status of `exec` where jailmgr, and not the command, failed."""
+
+
+def entry() -> NoReturn:
+    """The console script: `main`, and out, without taking the interpreter apart first (some 3 ms)."""
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:

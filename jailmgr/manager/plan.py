@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from jailmgr.manager.host import Manager
 from jailmgr.model import Jail, Network, Nic, Recipe
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.runtime import seccomp
-from jailmgr.runtime.bundle import CONFIG, Limits, Plan, compile_bundle, read_json, save_bundle
+from jailmgr.runtime.bundle import CONFIG, Limits, Plan, compile_bundle, save_bundle
+from jailmgr.runtime.jsonfile import read_json
 from jailmgr.units import parse_allowance, parse_percent, parse_size
 
 PERIOD = 100_000
@@ -159,7 +161,7 @@ def seccomp_filter(root: Root, raw_volume: bool = False) -> str:
     if not os.path.exists(path):
         compiled = seccomp.compile(section)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        new = f"{path}.{os.getpid()}"
+        new = f"{path}.{os.getpid()}.{threading.get_ident()}"
         with open(new, "wb") as file:
             file.write(compiled)
         os.rename(new, path)

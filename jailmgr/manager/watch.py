@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import attach
+from jailmgr.runtime.proc import open_process
 from jailmgr.runtime.state import load_state, read_state, running_jails, supervisor_process
-from jailmgr.runtime.syscalls import libc, open_process
+from jailmgr.runtime.syscalls import libc
 
 if TYPE_CHECKING:
     from jailmgr.manager.host import Manager

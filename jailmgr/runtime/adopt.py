@@ -10,11 +10,11 @@ from time import time
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import enter, protocol
 from jailmgr.runtime import syscalls as kernel
-from jailmgr.runtime.bundle import write_json
 from jailmgr.runtime.jail import Host, Jail
+from jailmgr.runtime.jsonfile import write_json
+from jailmgr.runtime.proc import Process, open_process
 from jailmgr.runtime.pty import check_master, open_pty
 from jailmgr.runtime.state import LAST, load_state, remove_state
-from jailmgr.runtime.syscalls import Process
 
 CONSOLE_SECONDS = 5.0
 
@@ -43,7 +43,7 @@ def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     if state.once:
         jail.clear()
         return
-    pidfd = kernel.open_process(Process(state.pid, state.starttime)) if state.boot_id == host.boot_id else None
+    pidfd = open_process(Process(state.pid, state.starttime)) if state.boot_id == host.boot_id else None
     if pidfd is None:
         write_json(f"{state.lib}/{LAST}", {"kind": "unknown", "at": time(), "by": "host", "status": 0})
         jail.clear()

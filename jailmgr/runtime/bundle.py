@@ -7,7 +7,6 @@ OCI runtime-spec 1.2, config.md and config-linux.md. What the spec has no word f
 from __future__ import annotations
 
 import json
-import os
 from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError
@@ -15,6 +14,7 @@ from jailmgr.runtime import seccomp
 from jailmgr.runtime.capabilities import BOUNDING
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import Limits as Limits
+from jailmgr.runtime.jsonfile import read_json, write_json
 
 ID_SIZE = 65536
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -237,22 +237,3 @@ def load_bundle(directory: str) -> Bundle:
     if config is None:
         raise JailmgrError("bundle", f"no {CONFIG} in {directory}", "", "missing")
     return read_bundle(config)
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Replace a JSON file atomically, mode 0600 (rename(2))."""
-    new = f"{path}.new"
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        json.dump(content, file, separators=(",", ":"))
-    os.rename(new, path)
-
-
-def read_json(path: str) -> dict[str, Any] | None:
-    """A JSON object from a file of ours; None when there is none or a crash left half of one."""
-    try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -12,11 +12,13 @@ from typing import Any
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, netlink, protocol, spawn
 from jailmgr.runtime import syscalls as kernel
-from jailmgr.runtime.bundle import Bundle, load_bundle, write_json
+from jailmgr.runtime.bundle import Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
+from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Loop, Timer
 from jailmgr.runtime.notify import Notify
+from jailmgr.runtime.proc import start_time
 from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, write_state
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -120,7 +122,7 @@ class Jail:
             raise
         self.pidfd, self._ours, self._stopping = spawned.pidfd, True, ""
         self._killed = self._reaped = False
-        starttime = kernel.start_time(spawned.pid)
+        starttime = start_time(spawned.pid)
         self.state = State(
             spawned.pid, starttime or 0, time(), restarts, False,
             cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
@@ -248,7 +250,7 @@ class Jail:
         if not again:
             self._settle(ending, final=True)
             return
-        write_json(f"{self.lib}/{LAST}", ending)
+        self._note_last(ending)
         if ending["kind"] == "reboot" and self._tries == 0:
             self._tries += 1
             self._start_again(state.restarts + 1)
@@ -269,9 +271,16 @@ class Jail:
             self.log.note(f"could not be started again: {error}")
             self._settle({"kind": "failed", "at": time(), "by": "host", "status": 0, "why": str(error)}, final=True)
 
+    def _note_last(self, ending: dict[str, Any]) -> None:
+        """A full disk, or a directory that is gone, must not keep from those who wait that it ended."""
+        try:
+            write_json(f"{self.lib}/{LAST}", ending)
+        except OSError as error:
+            self.log.note(f"could not write down how it ended: {error}")
+
     def _settle(self, ending: dict[str, Any], final: bool) -> None:
         if self._visit is None:
-            write_json(f"{self.lib}/{LAST}", ending)
+            self._note_last(ending)
         waiting, self.waiters = self.waiters, []
         for waiter in waiting:
             waiter(ending)

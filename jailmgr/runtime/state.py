@@ -9,8 +9,8 @@ import os
 from typing import Any, NamedTuple
 
 from jailmgr.config import Root
-from jailmgr.runtime.bundle import read_json, write_json
-from jailmgr.runtime.syscalls import Process, start_time
+from jailmgr.runtime.jsonfile import read_json, write_json
+from jailmgr.runtime.proc import Process, start_time
 
 VERSION = 1
 LAST = "last.json"

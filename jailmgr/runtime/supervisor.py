@@ -24,10 +24,10 @@ from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.adopt import adopt_all
 from jailmgr.runtime.jail import Host, Jail
 from jailmgr.runtime.loop import Loop
+from jailmgr.runtime.proc import Process, start_time
 from jailmgr.runtime.session import Session
 from jailmgr.runtime.state import LOCK, SOCKET, SUPERVISOR_LOG
 from jailmgr.runtime.strays import Strays
-from jailmgr.runtime.syscalls import Process, start_time
 
 LOG_MAX = 256 * 1024
 

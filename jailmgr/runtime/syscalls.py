@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import NamedTuple
 
 CLONE_NEWTIME = 0x00000080
 CLONE_PARENT = 0x00008000
@@ -265,32 +264,3 @@ def pidfd_exit_status(pidfd: int) -> int | None:
     if libc.ioctl(pidfd, ctypes.c_ulong(PIDFD_GET_INFO), ctypes.byref(info)) < 0 or not info.mask & PIDFD_INFO_EXIT:
         return None
     return int(info.exit_code)
-
-
-class Process(NamedTuple):
-    """A process that can't be taken for another: pid and start time (clock ticks since boot, proc_pid_stat(5))."""
-
-    pid: int
-    starttime: int
-
-
-def start_time(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat; None when there is no such process, or only its zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def open_process(process: Process) -> int | None:
-    """A pidfd of just this process, None when it has ended (pidfd_open(2))."""
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return None
-    if start_time(process.pid) != process.starttime:
-        os.close(pidfd)
-        return None
-    return pidfd

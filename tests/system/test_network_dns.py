@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,16 +28,16 @@ WORLDS = "192.0.2.80"
 
 
 @pytest.fixture(scope="module")
-def lan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lan]:
-    at = tmp_path_factory.mktemp("dns")
+def lan() -> Iterator[Lan]:
+    # Not below pytest's own directory, which others may not enter: dnsmasq's user reads the file again when it changes.
+    at = Path(tempfile.mkdtemp(prefix="jm-dns-", dir="/tmp"))
+    at.chmod(0o755)
     resolv_conf = at / "resolv.conf"
     resolv_conf.write_text(f"nameserver {OUTSIDE4}\n")
-    # dnsmasq's own user reads it again when it changes.
-    for directory in [at, *at.parents[:2]]:
-        directory.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch, world.lan(at) as made, name_server(made.outside):
         patch.setattr(dns, "RESOLV_CONF", str(resolv_conf))
         yield made
+    shutil.rmtree(at)
 
 
 @contextmanager
