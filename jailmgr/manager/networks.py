@@ -73,7 +73,7 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
             name="eth0",
             network=network.name,
             veth=bridge.veth_name(m.root, jail.id),
-            mac=addresses.mac_for(m.root, jail.id),
+            mac=addresses.mac_for(m.root, ipv4),
             ipv4=ipv4,
             ipv6=ipv6,
         )

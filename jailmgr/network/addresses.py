@@ -54,20 +54,22 @@ def choose_address(network: Network, taken: set[str], wanted: str | None = None)
     return str(address), str(own6.network.network_address + place)
 
 
-def mac_for(root: Root, jail_id: int) -> str:
-    """MAC of a jail's first interface: locally administered, the same at each start, no two alike on a host."""
-    return _mac(0x0A, root, jail_id)
+def mac_for(root: Root, ipv4: str) -> str:
+    """MAC of the interface with that address: locally administered, no two alike on a host.
+
+    Made of the address, so that who gets a deleted jail's address has its MAC too: neighbours that still know the old
+    one (arp(7)) would send it into the void for half a minute.
+    """
+    return (b"\x0a" + _digest(root)[:1] + ipaddress.IPv4Address(ipv4).packed).hex(":")
 
 
 def bridge_mac(root: Root, network_id: int) -> str:
     """MAC of a network's bridge; a bridge left to itself takes over that of some port, and changes it."""
-    return _mac(0x0E, root, network_id)
+    return (b"\x0e" + _digest(root)[:2] + (network_id & 0xFFFFFF).to_bytes(3, "big")).hex(":")
 
 
-def _mac(first: int, root: Root, number: int) -> str:
-    """First byte, two of the instance's path, three of the number."""
-    octets = bytes([first]) + hashlib.sha256(root.at.encode()).digest()[:2] + (number & 0xFFFFFF).to_bytes(3, "big")
-    return octets.hex(":")
+def _digest(root: Root) -> bytes:
+    return hashlib.sha256(root.at.encode()).digest()
 
 
 def _wanted(network: Network, own: ipaddress.IPv4Interface, wanted: str) -> ipaddress.IPv4Address:

@@ -65,12 +65,14 @@ def delete_volume(pool: Pool, tenant: str, jail: str, jail_id: int | None) -> No
     try:
         with btrfs.directory(pool.path) as top:
             subvolume = _subvolume(path)
-            if jail_id is not None:
-                _mark(pool, btrfs.group(JAIL_LEVEL, jail_id))
+            given_up = set() if jail_id is None else {btrfs.group(JAIL_LEVEL, jail_id)}
             if subvolume is not None:
-                for group in btrfs.parents(top, subvolume):
-                    _mark(pool, group)
+                given_up.update(btrfs.parents(top, subvolume))
+            later = [group for group in given_up if not _mark_if_room(pool, group)]
+            if subvolume is not None:
                 btrfs.destroy_subvolume(top, subvolume)
+        for group in later:
+            _mark_if_room(pool, group)
         reap(pool)
     except OSError as error:
         raise explained(f"volume of {tenant}/{jail}", error) from error
@@ -167,6 +169,17 @@ def delete_subvolume(pool: Pool, path: str, what: str) -> None:
         reap(pool)
     except OSError as error:
         raise explained(what, error) from error
+
+
+def _mark_if_room(pool: Pool, group: int) -> bool:
+    """Whether the group could be marked: in a pool that is full to the last byte, something must go first."""
+    try:
+        _mark(pool, group)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
 
 
 def list_volumes(pool: Pool) -> list[tuple[str, str]]:

@@ -129,7 +129,7 @@ def lan(at: Path) -> Iterator[Lan]:
 
 def _jail(undo: ExitStack, root: Root, host: Netns, network: Network, number: int) -> Jail:
     ipv4, ipv6 = addresses.choose_address(network, set(), f"{network.ipv4.rpartition('.')[0]}.{number + 1}")
-    veth, mac = bridge.veth_name(root, number), addresses.mac_for(root, number)
+    veth, mac = bridge.veth_name(root, number), addresses.mac_for(root, ipv4)
     jail = Jail(Netns(undo), network, Nic("eth0", network.name, veth, mac, ipv4, ipv6))
     host.run(netlink.attach, plan(root, jail), jail.netns.fd)
     return jail

@@ -70,7 +70,7 @@ def root(tmp_path: Path) -> Iterator[Root]:
     close_pool(found)
     assert not os.path.ismount(found.pool)
     if os.path.exists(found.pool_file):
-        until(lambda: loop.find(found.pool_file) is None, 10, f"no loop device of {found.pool_file}")
+        until(lambda: loop.find(found.pool_file) is None, 60, f"no loop device of {found.pool_file}")
 
 
 @pytest.fixture(scope="module", params=["squota", "qgroup"])

@@ -87,11 +87,15 @@ def test_addresses_no_bridge_can_have(root: Root, ipv4: str | None, ipv6: str | 
 
 def test_macs_are_local_and_never_two_alike(root: Root, tmp_path: Path) -> None:
     other = find_root(str(tmp_path / "other"))
-    macs = [make(own, number) for own in (root, other) for make in (addresses.mac_for, addresses.bridge_mac)
-            for number in range(300)]  # fmt: skip
+    macs = [addresses.bridge_mac(own, number) for own in (root, other) for number in range(300)]
+    macs += [addresses.mac_for(own, f"10.7.{number}.2") for own in (root, other) for number in range(200)]
     assert len(set(macs)) == len(macs)
     assert all(int(mac[:2], 16) & 3 == 2 for mac in macs), "locally administered, and no group's"
-    assert addresses.mac_for(root, 7) == addresses.mac_for(root, 7)
+
+
+def test_a_mac_is_made_of_the_address(root: Root) -> None:
+    """So whoever gets a deleted jail's address has its MAC, which neighbours still know (arp(7))."""
+    assert addresses.mac_for(root, "10.7.1.2").endswith(":0a:07:01:02")
 
 
 def test_link_local_address_of_a_mac() -> None:
