@@ -15,7 +15,7 @@ from jailmgr.manager.plan import cgroup_of, seccomp_filter
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.bundle import Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.state import remove_state
-from jailmgr.storage.volume import delete_build, list_builds
+from jailmgr.storage.volume import delete_build, list_builds, sync_pool
 
 LIMITS = Limits(processes=4096)
 _POLL = 0.5
@@ -81,6 +81,7 @@ def remove_build(m: Manager, name: str) -> None:
     cgroups.kill(m.hierarchies, cgroup)
     cgroups.remove(m.hierarchies, cgroup)
     delete_build(m.pool, name)
+    sync_pool(m.pool)  # else the room of a build that filled the pool comes back with btrfs' next commit, in 30 s
     claims.release(m.root, "idmap", claim_key(name))
     remove_state(m.root.tenant_run(TENANT), name)
     shutil.rmtree(m.root.jail_lib(TENANT, name), ignore_errors=True)

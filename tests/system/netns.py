@@ -159,9 +159,10 @@ def _uplink(host: int) -> Iterator[None]:
     _veth("up0", link, host)
     try:
         with inside(host):
-            _sweep()
-            at, gateway = _free_link()
-            run("ip", "address", "add", f"{gateway}/30", "dev", link)
+            with _alone():
+                _sweep()
+                at, gateway = _free_link()
+                run("ip", "address", "add", f"{gateway}/30", "dev", link)
             run("ip", "link", "set", link, "up")
             chain = "type nat hook postrouting priority srcnat"
             rule = f'ip saddr {at} oifname != "{link}" masquerade'
@@ -187,6 +188,17 @@ def _free_link() -> tuple[ipaddress.IPv4Address, ipaddress.IPv4Address]:
         if not any(address in subnet for address in taken):
             return subnet[2], subnet[1]
     raise AssertionError(f"no free /30 in {LINKS}")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other test session of this host chooses its link meanwhile; a lock on a directory leaves no file."""
+    run_directory = os.open("/run", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(run_directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(run_directory)
 
 
 def _sweep() -> None:

@@ -83,7 +83,7 @@ def test_full_disk_while_building(new_instance: MakeInstance) -> None:
     instance.refused("launch", "huge", "bad", within=300)
     assert instance.gone("bad")
     write = "echo text > /root/note && sync && cat /root/note"
-    until(lambda: instance.sh("bystander", write, status=None).out == "text\n", 30, "the build's room is given back")
+    until(lambda: instance.sh("bystander", write, status=None).out == "text\n", 60, "the build's room is given back")
     instance("launch", "busybox", "afterwards")
 
 
