@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -71,16 +70,7 @@ def root(tmp_path: Path) -> Iterator[Root]:
     close_pool(found)
     assert not os.path.ismount(found.pool)
     if os.path.exists(found.pool_file):
-        until(lambda: loop.find(found.pool_file) is None or pinned(found.pool), 60, f"no loop of {found.pool_file}")
-
-
-def pinned(mount_point: str) -> bool:
-    """Whether a process of another test has it in a mount namespace of its own, copied while it was mounted here."""
-    for process in Path("/proc").iterdir():
-        with suppress(OSError):
-            if process.name.isdigit() and f" {mount_point} " in (process / "mountinfo").read_text():
-                return True
-    return False
+        until(lambda: loop.find(found.pool_file) is None, 60, f"no loop device of {found.pool_file}")
 
 
 @pytest.fixture(scope="module", params=["squota", "qgroup"])
