@@ -59,6 +59,9 @@ while True:
     remove_image(pool, image.fingerprint)
 """
 
+pytestmark = pytest.mark.xdist_group("debian")
+"""Where Debian is built: a build's own mount namespace would hold the pools made here meanwhile, if it ran beside."""
+
 DRAFT = Image("", "test/one", ["one"], 0, 1000.0, "x86_64", Recipe(), key="first")
 
 
