@@ -1,12 +1,12 @@
 """Where an instance of jailmgr keeps what it owns, and the prefix its things carry.
 
-Standard library only, and little of it: every command starts here.
+Standard library only, and little of it: every command starts here. Neither `typing` nor what imports it (NamedTuple
+too): with the `re`, `enum` and `contextlib` it brings along it costs as much as the interpreter itself.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 from zlib import crc32
 
 from jailmgr.errors import JailmgrError
@@ -15,17 +15,38 @@ SOCKET_MAX = 107
 """Bytes a path may have in sockaddr_un, less the final NUL (unix(7))."""
 
 
-class Root(NamedTuple):
+class Record:
+    """A value made of its slots, in place of NamedTuple: equal to another of the same."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self._values()}"
+
+    def _values(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+class Root(Record):
     """Directories and names of one instance.
 
     `mark` is empty for the host's own, else five letters of its path's checksum; claims.py sees that no two are alike.
     """
 
-    lib: str
-    run: str
-    etc: str
-    mark: str
-    at: str = ""
+    __slots__ = ("at", "etc", "lib", "mark", "run")
+
+    def __init__(self, lib: str, run: str, etc: str, mark: str, at: str = "") -> None:
+        self.lib = lib
+        self.run = run
+        self.etc = etc
+        self.mark = mark
+        self.at = at
 
     @property
     def socket(self) -> str:

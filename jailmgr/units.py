@@ -1,17 +1,15 @@
-"""Sizes and CPU shares, as people write them and as the kernel wants them. Standard library only."""
+"""Sizes and CPU shares, as people write them and as the kernel wants them. Standard library only, and on the way of `list`."""
 
 from __future__ import annotations
 
-import re
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)\Z", re.ASCII)
+_SIZE = r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)\Z"
 _FACTOR = {"": 1, "B": 1} | {
     f"{prefix}{tail}": base**power
     for power, prefix in enumerate("kMGTPE", 1)
     for tail, base in (("B", 1000), ("iB", 1024))
 }
 _FACTOR["KiB"] = _FACTOR.pop("kiB")
-_ALLOWANCE = re.compile(r"(\d+)ms/(\d+)ms\Z", re.ASCII)
+_ALLOWANCE = r"(\d+)ms/(\d+)ms\Z"
 
 
 def parse_size(text: str) -> int:
@@ -19,7 +17,9 @@ def parse_size(text: str) -> int:
 
     Units are LXD's: kB MB GB TB PB EB (powers of 1000) and KiB MiB GiB TiB PiB EiB (of 1024).
     """
-    match = _SIZE.match(text.strip())
+    import re
+
+    match = re.match(_SIZE, text.strip(), re.ASCII)
     factor = _FACTOR.get(match[2]) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size (bytes, or a number with kB, MB, GB, KiB, MiB or GiB)")
@@ -59,7 +59,9 @@ def parse_allowance(text: str) -> tuple[int, int]:
 
     The kernel takes periods of 1 ms to 1 s and quotas from 1 ms (cpu.cfs_period_us, sched-bwc).
     """
-    match = _ALLOWANCE.match(text)
+    import re
+
+    match = re.match(_ALLOWANCE, text, re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not an allowance (such as 150ms/100ms or 50%)")
     quota, period = int(match[1]) * 1000, int(match[2]) * 1000

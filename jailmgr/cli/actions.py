@@ -5,10 +5,12 @@ On the hot way: standard library only, and little of it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from jailmgr.cli.settings import Settings, split_name, wrong_usage
 from jailmgr.errors import JailmgrError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ELIGIBLE = {
     "start": ("Stopped", "Error"),

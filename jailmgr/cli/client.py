@@ -8,10 +8,14 @@ from __future__ import annotations
 import _socket
 import os
 import sys
-from typing import Any
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict, from_os
+from jailmgr.runtime import compact_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ANSWER_WITHIN = 120.0
 """Seconds the engine has to answer a request: a request may wait for the jail's lock."""
@@ -36,9 +40,7 @@ class Connection:
 
         Raises the JailmgrError that the engine tells, or one of code `unavailable` where it stops answering.
         """
-        import json
-
-        content = b"" if body is None else json.dumps(body).encode()
+        content = b"" if body is None else compact_json.dumps(body).encode()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: jailmgr\r\nAccept: application/json\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -47,7 +49,7 @@ class Connection:
             self._socket.settimeout(within)
             self._socket.sendall(head.encode() + content)
             status, answer = self._read_answer()
-            document = json.loads(answer)
+            document = compact_json.loads(answer)
         except TimeoutError:
             raise JailmgrError(
                 f"engine at {self.root.socket}",
@@ -191,9 +193,7 @@ def _start_engine(root: Root) -> None:
             "starting the engine", _last_line(f"{root.run}/engine.log"), f"See {root.run}/engine.log.", "unavailable"
         )
     if answer.lstrip().startswith(b"{"):
-        import json
-
-        failure = json.loads(answer)
+        failure = compact_json.loads(answer)
         if failure.get("what"):
             raise from_dict(failure)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from jailmgr.cli.output import GAP, fields, table
 from jailmgr.units import format_size
 
-View = dict[str, Any]
-"""A model.JailView or JailInfo, as JSON has it."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    View = dict[str, Any]
+    """A model.JailView or JailInfo, as JSON has it."""
 
 
 def jail_table(views: list[View], with_tenant: bool) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
-from typing import NoReturn
 
 from jailmgr.errors import JailmgrError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 EXEC_FAILED = 125
@@ -21,8 +23,10 @@ def entry() -> NoReturn:
     """The console script: `main`, and out, without taking the interpreter apart first (some 3 ms)."""
     status = main()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except (OSError, ValueError):
+            continue
     os._exit(status)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from jailmgr.cli.client import Connection, ensure_engine
 from jailmgr.cli.output import remark
 from jailmgr.cli.settings import Cancelled, Settings
 from jailmgr.errors import JailmgrError, from_dict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ROUND = 1
 """Seconds of one wait: how often progress is looked at. An operation that ends answers at once."""

@@ -6,21 +6,26 @@ On the way of every command: no imports beyond what the interpreter has already 
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
 
-from jailmgr.config import Root, find_root
+from jailmgr.config import Record, Root, find_root
 from jailmgr.errors import JailmgrError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-class Settings(NamedTuple):
-    """The global options of one command."""
 
-    root: Root
-    tenant: str
-    format: str = "table"
-    """table, json, yaml or csv."""
-    quiet: bool = False
-    yes: bool = False
+class Settings(Record):
+    """The global options of one command. `format`: table, json, yaml or csv."""
+
+    __slots__ = ("format", "quiet", "root", "tenant", "yes")
+
+    def __init__(self, root: Root, tenant: str, format_: str, quiet: bool, yes: bool) -> None:
+        self.root = root
+        self.tenant = tenant
+        self.format = format_
+        self.quiet = quiet
+        self.yes = yes
 
 
 class Cancelled(JailmgrError):

@@ -5,18 +5,19 @@ Used by the engine (start, stop, builds) and, for the local root, by the CLI its
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import socket
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict
-from jailmgr.runtime import protocol
-from jailmgr.runtime.state import SOCKET, running_jails
+from jailmgr.runtime import compact_json, protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable
+    from typing import Any
+
+    from jailmgr.config import Root
 
 _STARTING = "supervisor.starting"
 _TRIES = 3
@@ -31,7 +32,7 @@ main(sys.argv[2], int(sys.argv[3]))
 class Supervisor:
     """A connection to a tenant's supervisor. While one is open, the supervisor stays, with or without jails."""
 
-    def __init__(self, root: Root, tenant: str, sock: socket.socket) -> None:
+    def __init__(self, root: Root, tenant: str, sock: _socket.socket) -> None:
         self._root = root
         self._tenant = tenant
         self.sock = sock
@@ -110,6 +111,8 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
             return Supervisor(root, tenant, sock)
         if not start:
             break
+        import fcntl
+
         os.makedirs(run, 0o700, exist_ok=True)
         with open(f"{run}/{_STARTING}", "w", encoding="ascii") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,15 +128,20 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
 
 def connect_running(root: Root, tenant: str, jail: str) -> Supervisor:
     """For `exec` and its like: the supervisor of a jail that runs, started anew when it was killed."""
+    sock = _try(root.tenant_run(tenant))
+    if sock is not None:
+        return Supervisor(root, tenant, sock)
+    from jailmgr.runtime.state import running_jails
+
     if jail not in running_jails(root, tenant):
         raise JailmgrError(f"jail {jail}", "is not running", f"Start it: jailmgr start {jail}", "conflict")
     return connect(root, tenant)
 
 
-def _try(run: str) -> socket.socket | None:
+def _try(run: str) -> _socket.socket | None:
     """Connect and hear a word: one that is just ending takes connections it will never answer."""
     try:
-        sock = protocol.connect(run, SOCKET)
+        sock = protocol.connect(run, protocol.SOCKET)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
     try:
@@ -165,7 +173,7 @@ def _start(run: str) -> None:
     except OSError as error:
         raise JailmgrError("supervisor", str(error), "", "unavailable") from error
     if said.strip():
-        raise from_dict(json.loads(said))
+        raise from_dict(compact_json.loads(said))
     if not said:
         raise JailmgrError("supervisor", "ended while it started", f"See {run}/supervisor.log.", "unavailable")
 

@@ -7,10 +7,11 @@ units with ConditionCapability= for one that could not be used anyway are skippe
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime.syscalls import libc
+from jailmgr.runtime.syscalls import libc, prctl
 
 NAMES = (
     "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
@@ -72,12 +73,6 @@ def _call(result: int, what: str) -> int:
     return result
 
 
-def _prctl(option: int, *args: int) -> int:
-    """prctl(2); unused arguments are 0, some options insist on it."""
-    padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
-    return int(libc.prctl(option, *padded))
-
-
 def permitted() -> int:
     """The caller's permitted set, a bit per capability (capget(2)). Raises OSError."""
     data = _Both()
@@ -109,18 +104,29 @@ def drop(keep: list[str] | tuple[str, ...]) -> None:
     Capabilities newer than `NAMES` go too: the kernel says by EINVAL where its own list ends.
     """
     bits, number = mask(keep), 0
-    while (bounded := _prctl(_PR_CAPBSET_READ, number)) >= 0:
-        if bounded and not bits >> number & 1:
-            _call(_prctl(_PR_CAPBSET_DROP, number), f"PR_CAPBSET_DROP {number}")
+    while number < len(NAMES) or _is_known(number):
+        if not bits >> number & 1 and _is_known(number):
+            prctl(_PR_CAPBSET_DROP, number)
         number += 1
-    _call(_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL), "PR_CAP_AMBIENT")
+    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _set(bits & permitted())
+
+
+def _is_known(number: int) -> bool:
+    """Whether the kernel has a capability of that number."""
+    try:
+        prctl(_PR_CAPBSET_READ, number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def keep_over_uid_change(uid: int) -> None:
     """Become `uid` (and gid, with no groups) with the same capabilities (PR_SET_KEEPCAPS). Raises OSError."""
     bits = permitted()
-    _call(_prctl(_PR_SET_KEEPCAPS, 1), "PR_SET_KEEPCAPS")
+    prctl(_PR_SET_KEEPCAPS, 1)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

@@ -1,63 +1,72 @@
 """What goes over the supervisor's socket: one JSON object a message, with fds beside it where need be.
 
 SOCK_SEQPACKET keeps messages whole (unix(7)); a message is at most `MESSAGE_MAX` bytes. Every request has `v` and
-`op`; an answer has `error` (see errors.as_dict) or what the operation gives.
+`op`; an answer has `error` (see errors.as_dict) or what the operation gives. On the way of `exec`: `_socket`, for
+`socket` and its enums cost more than a request.
 """
 
 from __future__ import annotations
 
-import json
+import _socket
 import os
-import socket
-from array import array
-from typing import Any, NamedTuple
+import struct
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime import compact_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from typing import Any
 
 VERSION = 1
 MESSAGE_MAX = 192 * 1024
 FDS_MAX = 8
+SOCKET = "supervisor.sock"
 
 
-class Message(NamedTuple):
+class Message:
     """A message and the fds that came with it; the receiver owns them."""
 
-    body: dict[str, Any]
-    fds: list[int]
+    __slots__ = ("body", "fds")
+
+    def __init__(self, body: dict[str, Any], fds: list[int]) -> None:
+        self.body = body
+        self.fds = fds
 
 
-def send(sock: socket.socket, body: dict[str, Any], fds: list[int] | None = None) -> None:
+def send(sock: _socket.socket, body: dict[str, Any], fds: list[int] | None = None) -> None:
     """Send one message; OSError when the other side has gone or doesn't read.
 
     Raises JailmgrError when it is longer than `MESSAGE_MAX`.
     """
-    raw = json.dumps(body, separators=(",", ":")).encode()
+    raw = compact_json.dumps(body).encode()
     if len(raw) > MESSAGE_MAX:
         raise JailmgrError("request", f"{len(raw)} bytes of arguments, {MESSAGE_MAX} fit", "", "invalid")
-    beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-    sock.sendmsg([raw], beside, socket.MSG_NOSIGNAL)
+    beside = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+    sock.sendmsg([raw], beside, _socket.MSG_NOSIGNAL)
 
 
-def receive(sock: socket.socket) -> Message | None:
+def receive(sock: _socket.socket) -> Message | None:
     """The next message; None at the end. Raises ValueError on what isn't one, with its fds closed."""
-    size = array("i").itemsize
-    raw, beside, flags, _ = sock.recvmsg(MESSAGE_MAX + 1, socket.CMSG_SPACE(FDS_MAX * size), socket.MSG_CMSG_CLOEXEC)
-    fds = array("i")
+    room = _socket.CMSG_SPACE(FDS_MAX * struct.calcsize("i"))
+    raw, beside, flags, _ = sock.recvmsg(MESSAGE_MAX + 1, room, _socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
     for level, kind, content in beside:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % size])
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            fds += struct.unpack_from(f"{len(content) // struct.calcsize('i')}i", content)
     if not raw and not fds:
         return None
     try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
             raise ValueError("message too long")
-        body = json.loads(raw)
+        body = compact_json.loads(raw)
         if not isinstance(body, dict):
             raise ValueError("not an object")
-    except ValueError:
-        close_all(fds.tolist())
-        raise
-    return Message(body, fds.tolist())
+    except (ValueError, RecursionError) as error:
+        close_all(fds)
+        raise ValueError(str(error)) from error
+    return Message(body, fds)
 
 
 def close_all(fds: list[int]) -> None:
@@ -65,9 +74,9 @@ def close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def connect(directory: str, name: str) -> socket.socket:
+def connect(directory: str, name: str) -> _socket.socket:
     """Connect to a socket below `directory`, however long its path is (by way of /proc/self/fd)."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
         at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         try:
@@ -82,6 +91,8 @@ def connect(directory: str, name: str) -> socket.socket:
 
 def listen(directory: str, name: str) -> socket.socket:
     """A listening socket of mode 0600 below `directory`, in place of an old one. The caller holds the lock."""
+    import socket
+
     at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     old = os.umask(0o177)
@@ -102,8 +113,7 @@ def listen(directory: str, name: str) -> socket.socket:
     return sock
 
 
-def peer_uid(sock: socket.socket) -> int:
+def peer_uid(sock: _socket.socket) -> int:
     """The uid at the other end when it connected (SO_PEERCRED, unix(7))."""
-    cred = array("I")
-    cred.frombytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return cred[1]
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))
+    return int(uid)

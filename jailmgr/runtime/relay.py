@@ -1,7 +1,7 @@
 """`exec`, `shell` and `console` from the caller's side: its terminal, signals and fds, joined to a jail's.
 
 The caller's own terminal never goes into the jail: with a tty the jail has a pty of its own devpts, whose master is
-relayed to here.
+relayed to here. On the way of `exec`: `_signal` and lists of what to undo, for `signal` and `contextlib` cost more.
 """
 
 from __future__ import annotations
@@ -9,22 +9,27 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import signal
-import socket
 import stat
 import termios
-import tty
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
 
-from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict
 from jailmgr.runtime import protocol
 from jailmgr.runtime.attach import Supervisor, connect_running
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+    from typing import Any
+
+    from jailmgr.config import Root
+
+    Undo = list[Callable[[], object]]
+else:
+    import _signal
+
 CANNOT, NOT_FOUND = 126, 127
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
 _NULL = os.makedev(1, 3)
 _ENOENT = 2
 _DRAIN = 64
@@ -62,36 +67,40 @@ def exec_(
     request |= {"tty": tty, "login": login}
     if tty:
         request["env"].setdefault("TERM", os.environ.get("TERM", "linux"))
-    with connect_running(root, tenant, jail) as supervisor, ExitStack() as undo:
-        relay = _Relay(supervisor)
-        undo.callback(relay.close)
-        if tty:
-            supervisor.tell("exec", [], **request)
-        else:
-            passed = [relay.passable(fd, undo) for fd in (0, 1, 2)]
-            supervisor.tell("exec", passed, **request)
-            relay.close_passed()
-        relay.forward_signals(undo, tty)
-        return relay.run(undo)
+    undo: Undo = []
+    with connect_running(root, tenant, jail) as supervisor:
+        try:
+            relay = _Relay(supervisor, undo)
+            if tty:
+                supervisor.tell("exec", [], **request)
+            else:
+                passed = [relay.passable(fd) for fd in (0, 1, 2)]
+                supervisor.tell("exec", passed, **request)
+                relay.close_passed()
+            relay.forward_signals()
+            return relay.run()
+        finally:
+            _take_back(undo)
+
+
+def _take_back(undo: Undo) -> None:
+    while undo:
+        undo.pop()()
 
 
 class _Relay:
     """Copies between our fds and the jail's until the supervisor says that the command has ended."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, undo: Undo) -> None:
         self._supervisor = supervisor
+        self._undo = undo
         self._routes: dict[int, int] = {}
         self._passed: list[int] = []
         self._master = -1
-        self._woken, self._wake = socket.socketpair()
-        self._woken.setblocking(False)
-        self._wake.setblocking(False)
+        self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        undo.append(lambda: protocol.close_all([self._woken, self._wake]))
 
-    def close(self) -> None:
-        self._woken.close()
-        self._wake.close()
-
-    def passable(self, fd: int, undo: ExitStack) -> int:
+    def passable(self, fd: int) -> int:
         """`fd` itself where it may go into a jail, else one end of a pipe whose other end is relayed."""
         try:
             status = os.fstat(fd)
@@ -112,18 +121,19 @@ class _Relay:
         protocol.close_all(self._passed)
         self._passed.clear()
 
-    def forward_signals(self, undo: ExitStack, tty: bool) -> None:
+    def forward_signals(self) -> None:
         """Signals to us go to the command; the wake-up fd takes them out of handlers (signal(3), set_wakeup_fd)."""
-        old_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        undo.callback(signal.set_wakeup_fd, old_fd)
-        for number in (*_FORWARDED, signal.SIGWINCH):
-            undo.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        old_fd = _signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._undo.append(lambda: _signal.set_wakeup_fd(old_fd))
+        for number in (*_FORWARDED, _signal.SIGWINCH):
+            before = _signal.signal(number, lambda *_: None)
+            self._undo.append(lambda number=number, before=before: _signal.signal(number, before))  # type: ignore[misc]
 
-    def run(self, undo: ExitStack) -> int:
+    def run(self) -> int:
         control, done = self._supervisor.sock.fileno(), None
         poll = select.poll()
         poll.register(control, select.POLLIN)
-        poll.register(self._woken.fileno(), select.POLLIN)
+        poll.register(self._woken, select.POLLIN)
         for source in self._routes:
             poll.register(source, select.POLLIN)
         while done is None or any(source != 0 and source != self._master for source in self._routes):
@@ -134,9 +144,9 @@ class _Relay:
                         done = said.body
                         poll.unregister(control)
                     elif said.fds:
-                        self._take_terminal(said.fds[0], poll, undo)
-                elif fd == self._woken.fileno():
-                    self._signalled(self._woken.recv(64))
+                        self._take_terminal(said.fds[0], poll)
+                elif fd == self._woken:
+                    self._signalled(os.read(self._woken, 64))
                 elif not _copy(fd, self._routes[fd]):
                     poll.unregister(fd)
                     target = self._routes.pop(fd)
@@ -153,20 +163,20 @@ class _Relay:
                 if not _copy(self._master, 1):
                     break
 
-    def _take_terminal(self, master: int, poll: select.poll, undo: ExitStack) -> None:
+    def _take_terminal(self, master: int, poll: select.poll) -> None:
         self._master = master
         os.set_blocking(master, True)
-        undo.callback(os.close, master)
+        self._undo.append(lambda: os.close(master))
         self._resize()
         if os.isatty(0):
-            raw_terminal(undo)
+            raw_terminal(self._undo)
         self._routes[0], self._routes[master] = master, 1
         poll.register(0, select.POLLIN)
         poll.register(master, select.POLLIN)
 
     def _signalled(self, numbers: bytes) -> None:
         for number in numbers:
-            if number == signal.SIGWINCH:
+            if number == _signal.SIGWINCH:
                 self._resize()
             elif number in _FORWARDED:
                 self._supervisor.tell("signal", signal=number)
@@ -199,32 +209,37 @@ def _exit_status(done: dict[str, Any]) -> int:
     raise error
 
 
-def raw_terminal(undo: ExitStack) -> None:
+def raw_terminal(undo: Undo) -> None:
     """Our terminal raw until `undo` (termios(3))."""
+    import tty
+
     before = termios.tcgetattr(0)
-    undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, before)
+    undo.append(lambda: termios.tcsetattr(0, termios.TCSADRAIN, before))
     tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead is for the jail
 
 
 def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> None:
     """The jail's console on our terminal until ctrl-] three times, or until it ends. `said` gets words for the user."""
-    with connect_running(root, tenant, jail) as supervisor, ExitStack() as undo:
-        answer = supervisor.ask("console", jail=jail, typed=True)
-        stream = socket.socket(fileno=answer.fds[0])
-        undo.callback(stream.close)
-        said(f"Console of {jail}: ctrl-] three times leaves it.")
-        if os.isatty(0):
-            size = fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8)
-            rows, columns = int.from_bytes(size[:2], "little"), int.from_bytes(size[2:4], "little")
-            supervisor.tell("window", rows=rows, columns=columns)
-            raw_terminal(undo)
-        _join_console(stream)
+    undo: Undo = []
+    with connect_running(root, tenant, jail) as supervisor:
+        (stream,) = supervisor.ask("console", jail=jail, typed=True).fds
+        undo.append(lambda: os.close(stream))
+        try:
+            said(f"Console of {jail}: ctrl-] three times leaves it.")
+            if os.isatty(0):
+                size = fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8)
+                rows, columns = int.from_bytes(size[:2], "little"), int.from_bytes(size[2:4], "little")
+                supervisor.tell("window", rows=rows, columns=columns)
+                raw_terminal(undo)
+            _join_console(stream)
+        finally:
+            _take_back(undo)
 
 
-def _join_console(stream: socket.socket) -> None:
+def _join_console(stream: int) -> None:
     poll = select.poll()
     poll.register(0, select.POLLIN)
-    poll.register(stream.fileno(), select.POLLIN)
+    poll.register(stream, select.POLLIN)
     last = b""
     while True:
         for fd, _ in poll.poll():
@@ -236,7 +251,7 @@ def _join_console(stream: socket.socket) -> None:
             last = (last + typed)[-len(_DETACH) :]
             if last == _DETACH:
                 return
-            if typed:
-                stream.sendall(typed)
-            else:
+            if not typed:
                 poll.unregister(0)
+            while typed:
+                typed = typed[os.write(stream, typed) :]

@@ -49,18 +49,19 @@ def idmap(path: str, userns_fd: int, read_only: bool) -> int:
     return fd
 
 
-def assemble(lower_fd: int | None, volume_fd: int) -> int:
-    """The root file system, attached out of everyone's way: overlay of both, or the volume itself. Its O_PATH fd.
+def assemble(lower_fd: int | None, volume_fd: int) -> tuple[int, int]:
+    """The root file system, attached out of everyone's way: overlay of both, or the volume itself.
 
-    The overlay is mounted in the user namespace, with `userxattr`: mounted by the host's root over idmapped layers
-    it would go read-only, for uid 0 has no mapping there.
+    Its O_PATH fd, and the fd of the small tmpfs it is built in; that lies on a directory of the host's (of this mount
+    namespace) that is not looked into any more, and goes with it. The overlay is mounted in the user namespace, with
+    `userxattr`: mounted by the host's root over idmapped layers it would go read-only, for uid 0 has no mapping there.
     """
     scratch = kernel.fsmount(
-        "tmpfs", {"mode": "700", "size": "64k"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
+        "tmpfs", {"mode": "755", "size": "64k"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
     )
-    top = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    kernel.move_mount(scratch, top)
-    os.close(top)
+    out_of_the_way = os.open("/usr", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    kernel.move_mount(scratch, out_of_the_way)
+    os.close(out_of_the_way)
     for name in ("lower", "volume", "root"):
         os.mkdir(name, 0o700, dir_fd=scratch)
     os.fchdir(scratch)
@@ -74,19 +75,20 @@ def assemble(lower_fd: int | None, volume_fd: int) -> int:
         kernel.move_mount(overlay, scratch, "root")
         os.close(overlay)
     root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=scratch)
-    os.close(scratch)
-    return root
+    return root, scratch
 
 
-def populate(root: int, bundle: Bundle) -> None:
-    """Kernel file systems, devices and masks, as the bundle lists them."""
+def populate(root: int, scratch: int, bundle: Bundle) -> None:
+    """Kernel file systems, devices and masks, as the bundle lists them. `scratch`: `assemble`'s, closed at the end."""
     for mount in bundle.mounts:
         _mount(root, mount)
     if any(mount.target == "/dev" for mount in bundle.mounts):
         _devices(root)
-    _new_boot_id(root)
+    _new_boot_id(root, scratch)
+    os.mkdir("empty", 0o755, dir_fd=scratch)
     for path in bundle.masked:
-        _mask(root, path.lstrip("/"))
+        _mask(root, scratch, path.lstrip("/"))
+    os.close(scratch)
     for path in bundle.readonly:
         _read_only(root, path.lstrip("/"))
 
@@ -118,13 +120,12 @@ def open_notify(root: int) -> int:
 def enter(root: int) -> None:
     """Make it the root, and let go of the host's (pivot_root(2), the "." form).
 
-    Two mounts lie on it then: the host's root, and on that the one `assemble` built in. setns(2) enters at the topmost
-    mount, so JailmgrError unless that is the jail's own.
+    The host's lies on it then, and goes with all that is mounted in it. setns(2) enters at the topmost mount, so
+    JailmgrError unless that is the jail's own.
     """
     os.fchdir(root)
     kernel.pivot_root(".", ".")
-    for _ in ("scratch", "host"):
-        kernel.umount(".", kernel.MNT_DETACH)
+    kernel.umount(".", kernel.MNT_DETACH)
     os.chdir("/")
     if not os.path.samestat(os.stat("/.."), os.fstat(root)):
         raise JailmgrError("start", "another mount lies on the jail's root")
@@ -179,50 +180,45 @@ def _devices(root: int) -> None:
     os.close(dev)
 
 
-def _new_boot_id(root: int) -> None:
+def _new_boot_id(root: int, scratch: int) -> None:
     """A boot id of the jail's own, so that its journal tells one boot from another (as systemd-nspawn does)."""
-    scratch = kernel.fsmount("tmpfs", {"size": "4k", "mode": "755"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV)
     fd = os.open("boot_id", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o444, dir_fd=scratch)
     with open("/proc/sys/kernel/random/uuid", "rb", buffering=0) as random:
         os.write(fd, random.read(64))
     os.close(fd)
-    place = _directory(root, "dev/shm")
-    kernel.move_mount(scratch, place)
-    os.close(place)
-    file = kernel.open_tree("boot_id", scratch)
-    kernel.mount_setattr(file, kernel.MOUNT_ATTR_RDONLY)
-    target = kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE)
-    kernel.move_mount(file, target)
-    for open_fd in (file, target):
-        os.close(open_fd)
-    os.fchdir(scratch)
-    os.close(scratch)
-    kernel.umount(".", kernel.MNT_DETACH)
+    _cover(kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE), "boot_id", scratch)
 
 
-def _mask(root: int, path: str) -> None:
-    try:
-        target = kernel.openat2(root, path, os.O_PATH, _INSIDE)
-    except FileNotFoundError:
+def _mask(root: int, scratch: int, path: str) -> None:
+    target = _find(root, path)
+    if target is None:
         return
     if stat.S_ISDIR(os.fstat(target).st_mode):
-        cover = kernel.fsmount(
-            "tmpfs", {"size": "0", "mode": "755"}, kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NODEV
-        )
+        _cover(target, "empty", scratch)
     else:
         cover = kernel.open_tree("/dev/null")
-    kernel.move_mount(cover, target)
-    os.close(cover)
-    os.close(target)
+        kernel.move_mount(cover, target)
+        os.close(cover)
+        os.close(target)
 
 
 def _read_only(root: int, path: str) -> None:
+    target = _find(root, path)
+    if target is not None:
+        _cover(target, "", target)
+
+
+def _find(root: int, path: str) -> int | None:
     try:
-        target = kernel.openat2(root, path, os.O_PATH, _INSIDE)
+        return kernel.openat2(root, path, os.O_PATH, _INSIDE)
     except FileNotFoundError:
-        return
-    same = kernel.open_tree("", target, kernel.AT_EMPTY_PATH)
-    kernel.mount_setattr(same, kernel.MOUNT_ATTR_RDONLY)
-    kernel.move_mount(same, target)
-    os.close(same)
+        return None
+
+
+def _cover(target: int, path: str, dir_fd: int) -> None:
+    """Mount what is at `path` read-only on `target`, which is closed."""
+    cover = kernel.open_tree(path, dir_fd, 0 if path else kernel.AT_EMPTY_PATH)
+    kernel.mount_setattr(cover, kernel.MOUNT_ATTR_RDONLY)
+    kernel.move_mount(cover, target)
+    os.close(cover)
     os.close(target)

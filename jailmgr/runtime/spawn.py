@@ -104,22 +104,19 @@ def spawn(
 
 
 def _lead(ours: socket.socket, outer: int, bundle: Bundle) -> None:
-    """Our side of the steps up to the clone, and the network beside what follows it."""
+    """Our side of the steps up to the namespaces, and the network beside what follows them."""
     _hear(ours, "userns")
     layers = _map(outer, bundle)
     try:
         protocol.send(ours, {}, layers)
     finally:
         protocol.close_all(layers)
-    _hear(ours, "unshared")
-    _start_clocks(outer)
-    netns = os.open(f"/proc/{outer}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    unshared = _hear(ours, "unshared")
     try:
-        protocol.send(ours, {})
         for nic in bundle.nics:
-            netlink.attach(nic, netns)
+            netlink.attach(nic, unshared.fds[0])
     finally:
-        os.close(netns)
+        protocol.close_all(unshared.fds)
 
 
 def _abandon(ours: socket.socket, outer: int, told: dict[str, protocol.Message]) -> None:
@@ -192,15 +189,21 @@ def _map(outer: int, bundle: Bundle) -> list[int]:
     return layers
 
 
-def _start_clocks(outer: int) -> None:
-    """The jail's uptime begins at 0 (time_namespaces(7)); written from here, since `outer` is not dumpable."""
-    with open("/proc/uptime", "rb") as file:
-        seconds = int(file.read().split(b".")[0])
-    fd = os.open(f"/proc/{outer}/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
+def _start_clocks() -> None:
+    """The uptime of children begins at 0 (time_namespaces(7)).
+
+    A process that is not dumpable may not write to its own files in /proc: for that one write this one is, while no
+    program of the jail runs yet that could trace it.
+    """
+    with open("/proc/uptime", "rb", buffering=0) as file:
+        seconds = int(file.read(64).split(b".")[0])
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+    fd = os.open("/proc/self/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, f"monotonic -{seconds} 0\nboottime -{seconds} 0\n".encode())
     finally:
         os.close(fd)
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
 
 
 def _outer(sock: socket.socket, bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None) -> None:
@@ -218,8 +221,10 @@ def _outer(sock: socket.socket, bundle: Bundle, bpf: bytes, stdio: Stdio | None,
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     kernel.unshare(_NAMESPACES)
-    protocol.send(sock, {"step": "unshared"})
-    _go(sock)
+    netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    protocol.send(sock, {"step": "unshared"}, [netns])
+    os.close(netns)
+    _start_clocks()
     pid = kernel.clone(kernel.CLONE_PARENT)
     if pid == 0:
         process.trap(
@@ -246,8 +251,8 @@ def _init(
 ) -> None:
     kernel.mount_propagation_private()
     kernel.sethostname(bundle.hostname)
-    root = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
-    rootfs.populate(root, bundle)
+    root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
+    rootfs.populate(root, scratch, bundle)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:

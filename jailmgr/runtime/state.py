@@ -14,7 +14,6 @@ from jailmgr.runtime.proc import Process, start_time
 
 VERSION = 1
 LAST = "last.json"
-SOCKET = "supervisor.sock"
 LOCK = "supervisor.lock"
 SUPERVISOR_LOG = "supervisor.log"
 

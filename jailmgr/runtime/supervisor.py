@@ -25,8 +25,9 @@ from jailmgr.runtime.adopt import adopt_all
 from jailmgr.runtime.jail import Host, Jail
 from jailmgr.runtime.loop import Loop
 from jailmgr.runtime.proc import Process, start_time
+from jailmgr.runtime.protocol import SOCKET
 from jailmgr.runtime.session import Session
-from jailmgr.runtime.state import LOCK, SOCKET, SUPERVISOR_LOG
+from jailmgr.runtime.state import LOCK, SUPERVISOR_LOG
 from jailmgr.runtime.strays import Strays
 
 LOG_MAX = 256 * 1024

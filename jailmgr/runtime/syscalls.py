@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
+from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c_void_p
+from typing import Any
 
 CLONE_NEWTIME = 0x00000080
 CLONE_PARENT = 0x00008000
@@ -88,16 +91,33 @@ def _check(result: int, call: str, thing: str = "") -> int:
     return result
 
 
-def syscall(call: str, nr: int, *args: int | bytes | ctypes.Structure | None, thing: str = "") -> int:
-    """syscall(2); integers go as C longs."""
-    made = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
-    return _check(int(libc.syscall(ctypes.c_long(nr), *made)), call, thing)
+def _declare(function: str, *types: type[Any]) -> Callable[..., int]:
+    """A function of libc with its types told, so that ctypes needs no object for each argument: a start makes some 300
+    such calls. An entry of its own each time: `syscall` has other types for each system call.
+    """
+    found = libc[function]
+    found.argtypes, found.restype = types, c_long if function == "syscall" else c_int
+    return found
+
+
+_open_tree = _declare("syscall", c_long, c_int, c_char_p, c_uint)
+_move_mount = _declare("syscall", c_long, c_int, c_char_p, c_int, c_char_p, c_uint)
+_fsopen = _declare("syscall", c_long, c_char_p, c_uint)
+_fsconfig = _declare("syscall", c_long, c_int, c_uint, c_char_p, c_char_p, c_int)
+_fsmount = _declare("syscall", c_long, c_int, c_uint, c_uint)
+_mount_setattr = _declare("syscall", c_long, c_int, c_char_p, c_uint, c_void_p, c_size_t)
+_openat2 = _declare("syscall", c_long, c_int, c_char_p, c_void_p, c_size_t)
+_close_range = _declare("syscall", c_long, c_uint, c_uint, c_uint)
+_pivot_root = _declare("syscall", c_long, c_char_p, c_char_p)
+_keyctl = _declare("syscall", c_long, c_int, c_void_p)
+_prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
+_set_name = _declare("prctl", c_int, c_char_p)
 
 
 def clone(flags: int) -> int:
     """fork(2) with flags: the child's pid in the parent, 0 in the child. The caller has one thread."""
-    zero = ctypes.c_long(0)
-    pid = _python.syscall(ctypes.c_long(number("clone")), ctypes.c_long(flags | SIGCHLD), zero, zero, zero, zero)
+    zero = c_long(0)
+    pid = _python.syscall(c_long(number("clone")), c_long(flags | SIGCHLD), zero, zero, zero, zero)
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
     return _check(int(pid), "clone")
@@ -123,7 +143,7 @@ def fork_into(cgroup_fd: int | None) -> int:
     if cgroup_fd is None:
         return os.fork()
     args = _CloneArgs(flags=CLONE_INTO_CGROUP, exit_signal=SIGCHLD, cgroup=cgroup_fd)
-    pid = _python.syscall(ctypes.c_long(_CLONE3), ctypes.byref(args), ctypes.c_long(ctypes.sizeof(args)))
+    pid = _python.syscall(c_long(_CLONE3), ctypes.byref(args), c_long(ctypes.sizeof(args)))
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
     return _check(int(pid), "clone3")
@@ -139,15 +159,15 @@ def setns(fd: int, flags: int) -> None:
     _check(libc.setns(fd, flags), "setns", hex(flags))
 
 
-def prctl(option: int, value: int) -> None:
-    """prctl(2) with one argument."""
-    zero = ctypes.c_ulong(0)
-    _check(libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl", str(option))
+def prctl(option: int, value: int, *more: int) -> int:
+    """prctl(2) with up to four arguments; those left out are 0, some options insist on it."""
+    padded = (value, *more, 0, 0, 0)[:4]
+    return _check(_prctl(option, *padded), "prctl", str(option))
 
 
 def set_name(name: str) -> None:
     """The process's name as ps shows it, 15 bytes (PR_SET_NAME)."""
-    libc.prctl(PR_SET_NAME, name.encode()[:15] + b"\0", 0, 0, 0)
+    _set_name(PR_SET_NAME, name.encode()[:15])
 
 
 def sethostname(name: str) -> None:
@@ -159,7 +179,7 @@ def sethostname(name: str) -> None:
 def join_new_keyring() -> None:
     """A session keyring of its own, so that the caller's isn't inherited (keyctl(2)); without keyrings, nothing."""
     try:
-        syscall("keyctl", number("keyctl"), KEYCTL_JOIN_SESSION_KEYRING, None)
+        _check(_keyctl(number("keyctl"), KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
     except OSError as error:
         if error.errno not in (38, 1, 122):
             raise
@@ -177,19 +197,19 @@ def umount(path: str, flags: int) -> None:
 
 def pivot_root(new: str, old: str) -> None:
     """pivot_root(2)."""
-    syscall("pivot_root", number("pivot_root"), os.fsencode(new), os.fsencode(old))
+    _check(_pivot_root(number("pivot_root"), os.fsencode(new), os.fsencode(old)), "pivot_root")
 
 
 def open_tree(path: str, dir_fd: int = AT_FDCWD, flags: int = 0) -> int:
     """A detached copy of the mount at `path` (open_tree(2), OPEN_TREE_CLONE)."""
     flags |= OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
-    return syscall("open_tree", _OPEN_TREE, dir_fd, os.fsencode(path), flags, thing=path)
+    return _check(_open_tree(_OPEN_TREE, dir_fd, os.fsencode(path), flags), "open_tree", path)
 
 
 def move_mount(mount_fd: int, target_fd: int, path: str = "") -> None:
     """Attach a detached mount to what `target_fd` (and `path` below it) is (move_mount(2))."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if path else MOVE_MOUNT_T_EMPTY_PATH)
-    syscall("move_mount", _MOVE_MOUNT, mount_fd, b"", target_fd, os.fsencode(path), flags, thing=path)
+    _check(_move_mount(_MOVE_MOUNT, mount_fd, b"", target_fd, os.fsencode(path), flags), "move_mount", path)
 
 
 class _MountAttr(ctypes.Structure):
@@ -208,19 +228,19 @@ def mount_setattr(fd: int, set_: int = 0, clear: int = 0, userns_fd: int = 0) ->
     attr = _MountAttr(set_, clear, 0, userns_fd)
     size = ctypes.sizeof(attr)
     pointer = ctypes.addressof(attr)
-    syscall("mount_setattr", _MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, pointer, size)
+    _check(_mount_setattr(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, pointer, size), "mount_setattr")
 
 
 def fsmount(kind: str, options: dict[str, str | None], attributes: int = 0) -> int:
     """A new detached mount of file system `kind` (fsopen(2), fsconfig(2), fsmount(2)); an option of None is a flag."""
-    fs = syscall("fsopen", _FSOPEN, kind.encode(), FSOPEN_CLOEXEC, thing=kind)
+    fs = _check(_fsopen(_FSOPEN, kind.encode(), FSOPEN_CLOEXEC), "fsopen", kind)
     try:
         for key, value in options.items():
             command = FSCONFIG_SET_FLAG if value is None else FSCONFIG_SET_STRING
             raw = None if value is None else os.fsencode(value)
-            syscall("fsconfig", _FSCONFIG, fs, command, key.encode(), raw, 0, thing=f"{kind} {key}={value}")
-        syscall("fsconfig", _FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0, thing=kind)
-        return syscall("fsmount", _FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes, thing=kind)
+            _check(_fsconfig(_FSCONFIG, fs, command, key.encode(), raw, 0), "fsconfig", f"{kind} {key}={value}")
+        _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig", kind)
+        return _check(_fsmount(_FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes), "fsmount", kind)
     finally:
         os.close(fs)
 
@@ -235,7 +255,7 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: int, mode: int = 0) -> 
     """openat2(2); close-on-exec always."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     size = ctypes.sizeof(how)
-    return syscall("openat2", _OPENAT2, dir_fd, os.fsencode(path), ctypes.addressof(how), size, thing=path)
+    return _check(_openat2(_OPENAT2, dir_fd, os.fsencode(path), ctypes.addressof(how), size), "openat2", path)
 
 
 def close_all_but(*keep: int) -> None:
@@ -243,7 +263,7 @@ def close_all_but(*keep: int) -> None:
     first = 3
     for fd in sorted({*keep, 1 << 31}):
         if fd > first:
-            syscall("close_range", _CLOSE_RANGE, first, min(fd - 1, (1 << 31) - 1), 0)
+            _check(_close_range(_CLOSE_RANGE, first, min(fd - 1, (1 << 31) - 1), 0), "close_range")
         first = max(first, fd + 1)
 
 

@@ -156,8 +156,8 @@ def test_marks_are_not_shared(make_root: MakeRoot) -> None:
     claims.claim_mark(one)
     claims.claim_mark(make_root("two"))
     other = make_root("three")
-    assert code_of(claims.claim_mark, other._replace(mark=one.mark)) == "conflict"
-    assert code_of(claims.claim_mark, other._replace(mark="local")) == "conflict"
+    assert code_of(claims.claim_mark, Root(other.lib, other.run, other.etc, one.mark, other.at)) == "conflict"
+    assert code_of(claims.claim_mark, Root(other.lib, other.run, other.etc, "local", other.at)) == "conflict"
 
 
 def test_nothing_is_left_of_the_last_one(make_root: MakeRoot) -> None:
