@@ -1,4 +1,4 @@
-"""Sizes and CPU shares, as people write them and as the kernel wants them. Standard library only, and on the way of `list`."""
+"""Sizes and CPU shares, as people write them and as the kernel wants them. It imports little: `list` shows sizes."""
 
 from __future__ import annotations
 

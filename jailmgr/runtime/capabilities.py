@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime.syscalls import libc, prctl
@@ -43,7 +45,6 @@ BOUNDING: tuple[str, ...] = tuple(name for name in NAMES if name not in _DROPPED
 """A system container's: what systemd-nspawn leaves, CAP_IPC_LOCK and CAP_CHECKPOINT_RESTORE. CAP_SYS_BOOT stays, for
 without it a reboot can't be told from a poweroff."""
 
-_PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_CAP_AMBIENT = 47
@@ -123,11 +124,18 @@ def _is_known(number: int) -> bool:
     return True
 
 
-def keep_over_uid_change(uid: int) -> None:
-    """Become `uid` (and gid, with no groups) with the same capabilities (PR_SET_KEEPCAPS). Raises OSError."""
+@contextmanager
+def effective_uid(uid: int) -> Iterator[None]:
+    """Root with another effective uid and gid for a while, and all capabilities in effect (capabilities(7), "Effect of
+    user ID changes"): a user namespace made meanwhile is `uid`'s. The real and the saved uid stay root's, so that
+    nobody else may signal or trace the caller. Raises OSError.
+    """
     bits = permitted()
-    prctl(_PR_SET_KEEPCAPS, 1)
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
-    _set(bits)
+    try:
+        os.setegid(uid)
+        os.seteuid(uid)
+        _set(bits)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)

@@ -5,7 +5,8 @@ guest's cgroup namespace, delegated as cgroup-v2.rst has it ("Delegation"). On v
 itself, and the guest may not make groups. Nothing is written outside of ROOT but v2's root cgroup.subtree_control.
 
 Joining by cgroup.procs costs 6-10 ms when nobody did it for a while (a grace period of RCU, kernel 6.18). Two ways go
-past it: clone3(2) with CLONE_INTO_CGROUP and `leaf_fd` on v2, and `join_self` on v1. Standard library only.
+past it: clone3(2) with CLONE_INTO_CGROUP and `leaf_fd` on v2, and `open_tasks` and `join_self` on v1. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -144,16 +145,29 @@ def leaf_fd(h: Hierarchies, cgroup: str, leaf: str = PAYLOAD) -> int | None:
         raise from_os(f"cgroup {cgroup}", error) from error
 
 
-def join_self(h: Hierarchies, cgroup: str) -> None:
-    """Move the calling thread (the only one of its process) to the jail's v1 groups; some 0.2 ms. Raises JailmgrError.
+def open_tasks(h: Hierarchies, cgroup: str) -> list[int]:
+    """The jail's v1 groups, for `join_self`; the caller closes them. Raises JailmgrError.
+
+    Who opens them must be root; who writes to them may be somebody else by then (cgroup-v1: the opener's rights count).
+    """
+    opened: list[int] = []
+    try:
+        opened.extend(os.open(f"{mount}/{relative(cgroup)}/tasks", os.O_WRONLY | os.O_CLOEXEC) for mount in h.mounts)
+    except OSError as error:
+        for fd in opened:
+            os.close(fd)
+        raise from_os(f"joining cgroup {cgroup}", error) from error
+    return opened
+
+
+def join_self(tasks: list[int]) -> None:
+    """Move the calling thread (the only one of its process) to the v1 groups of `open_tasks`. Raises OSError.
 
     Writing 0 to `tasks` needs no lock over all of the host's threads, as writing a pid or to cgroup.procs does.
     """
-    try:
-        for mount in h.mounts:
-            write(f"{mount}/{relative(cgroup)}/tasks", "0")
-    except OSError as error:
-        raise from_os(f"joining cgroup {cgroup}", error) from error
+    for fd in tasks:
+        os.write(fd, b"0")
+        os.close(fd)
 
 
 def join(h: Hierarchies, cgroup: str, pid: int, leaf: str = PAYLOAD) -> None:

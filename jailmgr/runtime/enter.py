@@ -111,7 +111,7 @@ def _enterer(
     work: Callable[[socket.socket], None],
 ) -> None:
     kernel.close_all_but(sock.fileno(), init_pidfd, *keep)
-    cgroups.join_self(hierarchies, bundle.cgroup)
+    cgroups.join_self(cgroups.open_tasks(hierarchies, bundle.cgroup))
     process.shut_imports()
     process.reset_signals()
     os.umask(0o022)

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from time import time
 from typing import Any
 
@@ -113,42 +114,38 @@ class Jail:
         self.bundle, hierarchies = bundle, self.host.hierarchies
         self.once = stdio is not None or payload is not None
         bpf = self.host.filter(bundle.seccomp)
+        self._ours, self._stopping, self._killed, self._reaped = True, "", False, False
         try:
             make_groups(hierarchies, bundle)
-            spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload)
+            spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload, partial(self._prepare, restarts))
+            try:
+                if payload is None:
+                    spawn.release(spawned)
+                else:
+                    self._visit = spawned
+                    protocol.send(spawned.control, {})
+            except BaseException:
+                _give_up(spawned)
+                raise
         except BaseException:
-            self.clear()
-            self.host.changed(self)
-            raise
-        self.pidfd, self._ours, self._stopping = spawned.pidfd, True, ""
-        self._killed = self._reaped = False
-        starttime = start_time(spawned.pid)
-        self.state = State(
-            spawned.pid, starttime or 0, time(), restarts, False,
-            cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
-        )  # fmt: skip
-        try:
-            write_state(self.host.run, self.name, self.state)
-            if payload is None:
-                spawn.release(spawned)
-            else:
-                self._visit = spawned
-                protocol.send(spawned.control, {})
-        except BaseException:
-            spawned.control.close()
-            # It ends by itself at that, unless it was about to exec what the guest has there.
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-            os.close(self.pidfd)
-            for fd in (spawned.console, spawned.notify):
-                if fd is not None:
-                    os.close(fd)
             self._forget()
             self.clear()
             self.host.changed(self)
             raise
+        self.pidfd = spawned.pidfd
         self._watch(spawned.console, spawned.notify)
         self.host.changed(self)
+
+    def _prepare(self, restarts: int, pid: int) -> None:
+        """What has to be in place before init begins, and can be done while it is being made."""
+        hierarchies, bundle = self.host.hierarchies, self.bundle
+        cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+        cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
+        self.state = State(
+            pid, start_time(pid) or 0, time(), restarts, False,
+            cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
+        )  # fmt: skip
+        write_state(self.host.run, self.name, self.state)
 
     def adopt(self, state: State, pidfd: int) -> None:
         """Take over a jail whose supervisor died."""
@@ -346,12 +343,20 @@ class Jail:
 
 
 def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
-    """The jail's cgroups with their limits, below its tenant's."""
+    """The jail's cgroups, below its tenant's."""
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
     cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base)
-    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
-    cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
+
+
+def _give_up(spawned: spawn.Spawned) -> None:
+    """End a process 1 that could not be released. It ends by itself, unless it was about to exec what the guest has."""
+    spawned.control.close()
+    signal.pidfd_send_signal(spawned.pidfd, signal.SIGKILL)
+    os.waitid(os.P_PIDFD, spawned.pidfd, os.WEXITED)
+    for fd in (spawned.pidfd, spawned.console, spawned.notify):
+        if fd is not None:
+            os.close(fd)
 
 
 def signal_number(name: str) -> int:

@@ -1,21 +1,22 @@
-"""From a bundle to a running init: the processes and namespaces in between.
+"""From a bundle to a running init: one clone3(2) into all of the jail's namespaces.
 
-    supervisor ── fork ─▶ outer ── clone(CLONE_PARENT) ─▶ init
-
-`outer` takes the tenant's host uid, makes the user namespace (so that the kernel's per-user counts are the tenant's)
-and the others, and ends; init is the supervisor's own child. No mount is made in the host's mount namespace and
-nothing has a name until init runs, so that a kill of anyone at any line leaves at most empty cgroups.
+The supervisor has the tenant's effective uid for it, so that the user namespace is the tenant's and the kernel's counts
+per user add up there; the namespaces that are made in the same call belong to the new user namespace (namespaces(7)).
+While the child mounts, the supervisor makes the network and whatever `meanwhile` is. No mount is made in the host's
+mount namespace and nothing has a name until init runs, so that a kill of anyone at any line leaves at most empty
+cgroups.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.errors import JailmgrError, from_dict, from_os
 from jailmgr.runtime import capabilities, cgroups, netlink, process, protocol, rootfs
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
@@ -25,14 +26,15 @@ from jailmgr.runtime.pty import check_master, make_controlling
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
 _NAMESPACES = (
-    kernel.CLONE_NEWNS
+    kernel.CLONE_NEWUSER
+    | kernel.CLONE_NEWNS
     | kernel.CLONE_NEWUTS
     | kernel.CLONE_NEWIPC
     | kernel.CLONE_NEWPID
     | kernel.CLONE_NEWNET
-    | kernel.CLONE_NEWCGROUP
-    | kernel.CLONE_NEWTIME
 )
+_LATER = kernel.CLONE_NEWCGROUP | kernel.CLONE_NEWTIME
+"""Namespaces made once the child is in its cgroups, and those whose clocks are set before anyone is in them."""
 
 
 class Spawned(NamedTuple):
@@ -61,82 +63,94 @@ class Payload(NamedTuple):
 
 
 def spawn(
-    bundle: Bundle, hierarchies: Hierarchies, bpf: bytes, stdio: Stdio | None = None, payload: Payload | None = None
+    bundle: Bundle,
+    hierarchies: Hierarchies,
+    bpf: bytes,
+    stdio: Stdio | None = None,
+    payload: Payload | None = None,
+    meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> Spawned:
     """Build a jail up to the point where only the exec is missing.
 
-    The jail's cgroups are there. Raises JailmgrError with the step that failed; nothing is left of the attempt then.
+    The jail's cgroups are there. `meanwhile` is called with the child's pid while that mounts. Raises JailmgrError with
+    the step that failed; nothing is left of the attempt then.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
-    leaf = cgroups.leaf_fd(hierarchies, bundle.cgroup)
+    leaf, tasks = cgroups.leaf_fd(hierarchies, bundle.cgroup), cgroups.open_tasks(hierarchies, bundle.cgroup)
     try:
-        outer = kernel.fork_into(leaf)
-    finally:
-        if leaf is not None:
-            os.close(leaf)
-    if outer == 0:
+        with capabilities.effective_uid(bundle.uid):
+            pid = kernel.fork_into(leaf, _NAMESPACES)
+            if pid == 0:
+                work = partial(_init, theirs, tasks, bundle, bpf, stdio, payload)
+                process.trap("start", partial(protocol.send, theirs), work)
+    except OSError as error:
         ours.close()
-
-        def build() -> None:
-            cgroups.join_self(hierarchies, bundle.cgroup)
-            _outer(theirs, bundle, bpf, stdio, payload)
-
-        process.trap("start", partial(protocol.send, theirs), build)
-    theirs.close()
-    told: dict[str, protocol.Message] = {}
+        raise _refused(error) from error
+    finally:
+        theirs.close()
+        protocol.close_all(tasks if leaf is None else [leaf, *tasks])
     try:
-        _lead(ours, outer, bundle)
-        while len(told) < 2:
-            said = _hear(ours, "mounted")
-            told[said.body["step"]] = said
-        os.waitpid(outer, 0)
-        pid, fds = told["cloned"].body["pid"], told["mounted"].fds
+        _lead(ours, pid, bundle)
+        meanwhile(pid)
+        fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
         return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
-    except BaseException:
-        _abandon(ours, outer, told)
+    except BaseException as error:
+        said = _abandon(ours, pid)
         for nic in bundle.nics:
             netlink.detach(nic["veth"])
+        if said is not None and isinstance(error, JailmgrError | OSError):
+            raise said from error
         raise
 
 
-def _lead(ours: socket.socket, outer: int, bundle: Bundle) -> None:
-    """Our side of the steps up to the namespaces, and the network beside what follows them."""
-    _hear(ours, "userns")
-    layers = _map(outer, bundle)
+def _refused(error: OSError) -> JailmgrError:
+    """Why clone3(2) would not make the namespaces."""
+    if error.errno in (errno.ENOSPC, errno.EUSERS):
+        hint = "Raise the sysctls user.max_*_namespaces: a jail takes one of each kind."
+        return JailmgrError("start", "the host or the tenant has all the namespaces it may have", hint, "full")
+    if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
+        hint = "`jailmgr doctor` tells which of them is missing."
+        return JailmgrError("start", f"the kernel makes no namespaces ({error.strerror})", hint, "unavailable")
+    return from_os("start", error)
+
+
+def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
+    """Our side of the child's way into its namespaces: its ids, its layers, its network."""
+    layers = _map(pid, bundle)
     try:
         protocol.send(ours, {}, layers)
     finally:
         protocol.close_all(layers)
-    unshared = _hear(ours, "unshared")
-    try:
-        for nic in bundle.nics:
-            netlink.attach(nic, unshared.fds[0])
-    finally:
-        protocol.close_all(unshared.fds)
+    if bundle.nics:
+        netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for nic in bundle.nics:
+                netlink.attach(nic, netns)
+        finally:
+            os.close(netns)
 
 
-def _abandon(ours: socket.socket, outer: int, told: dict[str, protocol.Message]) -> None:
-    """End what a failed start has begun. Both processes end by themselves when they hear no more from us."""
-    ours.shutdown(socket.SHUT_WR)
-    heard = list(told.values())
+def _abandon(ours: socket.socket, pid: int) -> JailmgrError | None:
+    """End what a failed start has begun; what the child said of it, where the child failed first.
+
+    It would end by itself, too, when it hears no more from us.
+    """
+    told: JailmgrError | None = None
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
     try:
         while (said := protocol.receive(ours)) is not None:
-            heard.append(said)
+            protocol.close_all(said.fds)
+            if "error" in said.body:
+                told = from_dict(said.body["error"])
     except (OSError, ValueError):
         pass
     ours.close()
-    for said in heard:
-        protocol.close_all(said.fds)
-    for pid in (outer, *(said.body["pid"] for said in heard if "pid" in said.body)):
-        try:
-            os.kill(pid, 9)
-            os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            continue
+    return told
 
 
 def release(spawned: Spawned) -> None:
@@ -167,15 +181,15 @@ def _hear(sock: socket.socket, step: str) -> protocol.Message:
     return said
 
 
-def _map(outer: int, bundle: Bundle) -> list[int]:
+def _map(pid: int, bundle: Bundle) -> list[int]:
     """Write the id maps of the new user namespace and map the layers by it: the fds of lower (if any) and volume."""
     for kind in ("uid", "gid"):
-        fd = os.open(f"/proc/{outer}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
         finally:
             os.close(fd)
-    userns = os.open(f"/proc/{outer}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     layers: list[int] = []
     try:
         if bundle.lower:
@@ -190,7 +204,7 @@ def _map(outer: int, bundle: Bundle) -> list[int]:
 
 
 def _start_clocks() -> None:
-    """The uptime of children begins at 0 (time_namespaces(7)).
+    """The jail's uptime begins at 0: the offsets of its time namespace, and into it (time_namespaces(7)).
 
     A process that is not dumpable may not write to its own files in /proc: for that one write this one is, while no
     program of the jail runs yet that could trace it.
@@ -204,33 +218,9 @@ def _start_clocks() -> None:
     finally:
         os.close(fd)
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-
-
-def _outer(sock: socket.socket, bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None) -> None:
-    kernel.close_all_but(sock.fileno(), *(stdio or ()), *(payload.fds if payload else ()))
-    process.shut_imports()
-    process.reset_signals()
-    os.umask(0o022)
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    capabilities.keep_over_uid_change(bundle.uid)
-    kernel.unshare(kernel.CLONE_NEWUSER)
-    protocol.send(sock, {"step": "userns"})
-    layers = _go(sock).fds
-    os.setresgid(0, 0, 0)
-    os.setgroups([])
-    os.setresuid(0, 0, 0)
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    kernel.unshare(_NAMESPACES)
-    netns = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    protocol.send(sock, {"step": "unshared"}, [netns])
-    os.close(netns)
-    _start_clocks()
-    pid = kernel.clone(kernel.CLONE_PARENT)
-    if pid == 0:
-        process.trap(
-            "start", lambda said: protocol.send(sock, said), lambda: _init(sock, layers, bundle, bpf, stdio, payload)
-        )
-    protocol.send(sock, {"step": "cloned", "pid": pid})
+    fd = os.open("/proc/self/ns/time_for_children", os.O_RDONLY | os.O_CLOEXEC)
+    kernel.setns(fd, kernel.CLONE_NEWTIME)
+    os.close(fd)
 
 
 def _go(sock: socket.socket) -> protocol.Message:
@@ -242,13 +232,22 @@ def _go(sock: socket.socket) -> protocol.Message:
 
 
 def _init(
-    sock: socket.socket,
-    layers: list[int],
-    bundle: Bundle,
-    bpf: bytes,
-    stdio: Stdio | None,
-    payload: Payload | None,
+    sock: socket.socket, tasks: list[int], bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None
 ) -> None:
+    """Process 1, from its clone to its exec."""
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.close_all_but(sock.fileno(), *tasks, *(stdio or ()), *(payload.fds if payload else ()))
+    process.shut_imports()
+    process.reset_signals()
+    os.umask(0o022)
+    cgroups.join_self(tasks)
+    kernel.unshare(_LATER)
+    layers = _go(sock).fds
+    os.setresgid(0, 0, 0)
+    os.setgroups([])
+    os.setresuid(0, 0, 0)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    _start_clocks()
     kernel.mount_propagation_private()
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])

@@ -135,14 +135,17 @@ class _CloneArgs(ctypes.Structure):
     )  # fmt: skip
 
 
-def fork_into(cgroup_fd: int | None) -> int:
-    """fork(2) with the child born in the v2 group whose directory that is (clone3(2), CLONE_INTO_CGROUP).
+def fork_into(cgroup_fd: int | None, namespaces: int = 0) -> int:
+    """fork(2) with the child born in the v2 group whose directory that is, and in new `namespaces` (clone3(2)).
 
-    Much cheaper than moving it there, which waits for all of the host's processes. None: plain fork.
+    Much cheaper than moving it there, which waits for all of the host's processes. None: the caller's group.
     """
-    if cgroup_fd is None:
+    if cgroup_fd is None and not namespaces:
         return os.fork()
-    args = _CloneArgs(flags=CLONE_INTO_CGROUP, exit_signal=SIGCHLD, cgroup=cgroup_fd)
+    args = _CloneArgs(flags=namespaces, exit_signal=SIGCHLD)
+    if cgroup_fd is not None:
+        args.flags |= CLONE_INTO_CGROUP
+        args.cgroup = cgroup_fd
     pid = _python.syscall(c_long(_CLONE3), ctypes.byref(args), c_long(ctypes.sizeof(args)))
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()

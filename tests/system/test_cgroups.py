@@ -143,7 +143,7 @@ def test_a_child_joins_by_itself(jail: Jail) -> None:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        cgroups.join_self(jail.h, jail.cgroup)
+        cgroups.join_self(cgroups.open_tasks(jail.h, jail.cgroup))
         with open("/proc/self/cgroup", "rb") as file:
             os.write(write_end, file.read())
         os._exit(0)

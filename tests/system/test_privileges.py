@@ -80,20 +80,16 @@ def test_the_filter_is_refused_to_who_has_no_right_to_it() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EACCES
 
 
-def test_capabilities_outlive_the_change_of_uid() -> None:
-    uid, before = 0x7000_0001, capabilities.permitted()
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            capabilities.keep_over_uid_change(uid)
-            os.write(
-                write_end, f"{os.getresuid()} {os.getresgid()} {os.getgroups()} {capabilities.permitted()}".encode()
-            )
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with os.fdopen(read_end) as file:
-        said = file.read()
-    os.waitpid(pid, 0)
-    assert said == f"{(uid,) * 3} {(uid,) * 3} [] {before}"
+def test_another_effective_uid_keeps_capabilities_and_is_given_back() -> None:
+    uid = 0x7000_0001
+
+    def shown() -> tuple[tuple[int, int, int], tuple[int, int, int], str]:
+        with open("/proc/self/status", encoding="ascii") as status:
+            (effective,) = (line.split()[1] for line in status if line.startswith("CapEff:"))
+        return os.getresuid(), os.getresgid(), effective
+
+    before = shown()
+    with capabilities.effective_uid(uid):
+        meanwhile = shown()
+    assert meanwhile == ((0, uid, 0), (0, uid, 0), before[2])
+    assert shown() == before
