@@ -18,6 +18,11 @@ STATUS = {
 """HTTP status of each error code (RFC 9110; 507 is RFC 4918's)."""
 
 
+KERNEL_HINT = "The kernel lacks it: `jailmgr doctor` tells what a host needs."
+_ENOSYS = 38
+"""Function not implemented; alike on every machine Linux runs on that jailmgr does."""
+
+
 class JailmgrError(Exception):
     """An operation that could not be done, told as `WHAT: WHY` and a hint.
 
@@ -52,4 +57,6 @@ def from_os(what: str, error: OSError, hint: str = "") -> JailmgrError:
     why = error.strerror or str(error)
     if error.filename is not None:
         why = f"{error.filename!s}: {why}"
+    if error.errno == _ENOSYS:
+        return JailmgrError(what, why, hint or KERNEL_HINT, "unavailable")
     return JailmgrError(what, why, hint)

@@ -17,7 +17,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.manager.leftovers import find_leftovers
 from jailmgr.manager.leftovers import fix as fix
 from jailmgr.network import nft
-from jailmgr.runtime import cgroups
+from jailmgr.runtime import cgroups, syscalls
 from jailmgr.storage.pool import MIN_SIZE, host_headroom
 from jailmgr.store import Store
 from jailmgr.units import format_size
@@ -114,6 +114,11 @@ def _kernel() -> list[Check]:
             "overlay's layers can be mapped" if version >= (5, 19) else f"not in {release}",
             "Linux 5.19 or newer is needed.",
         )
+    )
+    lacking = syscalls.missing()
+    detail = f"missing: {', '.join(lacking)}" if lacking else f"all {len(syscalls.NEEDED)} are there"
+    found.append(
+        _check("system calls", not lacking, detail, f"Linux {least} or newer is needed, with no filter on it.")
     )
     for kind in ("overlay", "btrfs"):
         there, detail = _file_system(kind, release)

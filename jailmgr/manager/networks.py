@@ -102,7 +102,8 @@ def up(m: Manager, jail: Jail) -> None:
                         raise
                     apply_firewall(m, also=jail)
             m.networks_up.add(network.id)
-            dns.ensure_dns(m.root, network, _names(m, network))
+            if fresh or not dns.is_served(m.root, network):
+                dns.ensure_dns(m.root, network, _names(m, network))
 
 
 def unpublish(m: Manager, jail: Jail) -> None:
@@ -160,7 +161,7 @@ def refresh_names(m: Manager, network: Network) -> None:
     """Give a network's DNS the names of its jails as they are in the store; nothing where it isn't up."""
     with m.network_lock:
         if _is_up(m, network):
-            dns.ensure_dns(m.root, network, _names(m, network))
+            dns.tell_dns(m.root, network, _names(m, network))
 
 
 def apply_firewall(m: Manager, also: Jail | None = None) -> None:

@@ -10,7 +10,6 @@ import contextlib
 import grp
 import os
 import pwd
-import re
 import select
 import shutil
 import signal
@@ -23,15 +22,8 @@ from jailmgr.claims import locked
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.model import Network
-from jailmgr.runtime.syscalls import (
-    CLONE_NEWNS,
-    MNT_DETACH,
-    mount_propagation_private,
-    move_mount,
-    open_tree,
-    umount,
-    unshare,
-)
+from jailmgr.runtime.mount_namespace import enter_own
+from jailmgr.runtime.syscalls import move_mount, open_tree
 
 DOMAIN = "jailmgr"
 """`search` of a jail's resolv.conf: systemd-resolved asks no server for names of one label."""
@@ -64,6 +56,30 @@ def ensure_dns(root: Root, network: Network, names: dict[str, tuple[str, str]]) 
             _start(place, network)
     except OSError as error:
         raise from_os(f"DNS of network {network.name}", error) from error
+
+
+def tell_dns(root: Root, network: Network, names: dict[str, tuple[str, str]]) -> None:
+    """Has a network's dnsmasq know these names and no others, where one runs: none is started, so that a jail can be
+    deleted on a host where none can be. Raises JailmgrError.
+    """
+    place = _place(root, network.id)
+    try:
+        if not place.is_dir():
+            return
+        with locked(str(place)):
+            changed = _write_names(place / "hosts" / "names", names)
+            with _running(place) as running:
+                if running is not None and changed:
+                    _send(running[0], signal.SIGHUP)
+    except OSError as error:
+        raise from_os(f"DNS of network {network.name}", error) from error
+
+
+def is_served(root: Root, network: Network) -> bool:
+    """Whether a network's dnsmasq runs, with the command line it should have."""
+    place = _place(root, network.id)
+    with _running(place) as running:
+        return running is not None and running[1] == _command(place, network)
 
 
 def stop_dns(root: Root, network_id: int) -> None:
@@ -169,8 +185,10 @@ def _start(place: Path, network: Network) -> None:
         os.close(writing)
         writing = -1
         told = _await(reading)
-    except (subprocess.SubprocessError, OSError) as error:
+    except subprocess.SubprocessError as error:
         raise JailmgrError(what, f"dnsmasq could not be started: {error}") from error
+    except OSError as error:
+        raise from_os(what, error) from error
     finally:
         os.close(reading)
         if writing >= 0:
@@ -187,9 +205,7 @@ def _spawn(place: Path, command: list[str], stderr: int) -> None:
     """Runs a command in a new mount namespace where the names are at their door, by a thread that ends then."""
     names = open_tree(str(place / "hosts"))
     try:
-        unshare(CLONE_NEWNS)
-        mount_propagation_private()
-        _let_go([str(place), os.path.realpath(RESOLV_CONF), command[0], "/usr/lib", "/proc", "/dev", "/etc"])
+        enter_own([str(place), os.path.realpath(RESOLV_CONF), command[0], "/usr/lib", "/proc", "/dev", "/etc"])
         door = os.open(_door(place), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             move_mount(names, door)
@@ -207,17 +223,6 @@ def _spawn(place: Path, command: list[str], stderr: int) -> None:
         cwd="/",
         env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
     )
-
-
-def _let_go(needed: list[str]) -> None:
-    """Unmounts what dnsmasq doesn't need, so that its namespace keeps no disk of the host's busy, nor our pool."""
-    with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        # Spaces and the like are octal there (proc_pid_mountinfo(5)).
-        points = [re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in file]
-    for point in reversed(points):
-        if point != "/" and not any(path == point or path.startswith(f"{point}/") for path in needed):
-            with contextlib.suppress(OSError):
-                umount(point, MNT_DETACH)
 
 
 def _await(reading: int) -> str:

@@ -7,6 +7,7 @@ architecture (syscalls(2)); older ones stand in a table by machine.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 from ctypes import c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c_void_p
@@ -71,6 +72,13 @@ _OLD = {
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 437, 442
 _CLONE3, _CLOSE_RANGE = 435, 436
 
+NEEDED = {
+    "clone3": _CLONE3, "close_range": _CLOSE_RANGE, "fsconfig": _FSCONFIG, "fsmount": _FSMOUNT, "fsopen": _FSOPEN,
+    "mount_setattr": _MOUNT_SETATTR, "move_mount": _MOVE_MOUNT, "open_tree": _OPEN_TREE, "openat2": _OPENAT2,
+    "pidfd_open": 434,
+}  # fmt: skip
+"""What a start calls that came with Linux 5.2 to 5.12, by its number."""
+
 libc = ctypes.CDLL(None, use_errno=True)
 _python = ctypes.PyDLL(None, use_errno=True)
 """Keeps the GIL over the call, so that a child made by clone() begins with it held."""
@@ -80,15 +88,27 @@ def number(name: str) -> int:
     """The number of an old system call on this machine; OSError ENOSYS on one that is not in the table."""
     machine = os.uname().machine
     if machine not in _OLD:
-        raise OSError(38, f"no system call numbers for {machine}", name)
+        raise OSError(errno.ENOSYS, f"no system call numbers for {machine}", name)
     return _OLD[machine][name]
 
 
 def _check(result: int, call: str, thing: str = "") -> int:
     if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), f"{call} {thing}".rstrip())
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), f"{call} {thing}".rstrip())
     return result
+
+
+def missing() -> list[str]:
+    """Those of `NEEDED` that this kernel has not, or a filter takes away. Each is called in a way that does nothing."""
+    bad_fd, nothing = c_long(-1), c_long(0)
+    found = []
+    for name, nr in NEEDED.items():
+        first = nothing if name in ("clone3", "fsopen") else bad_fd
+        libc.syscall(c_long(nr), first, nothing, nothing, nothing, nothing)
+        if ctypes.get_errno() == errno.ENOSYS:
+            found.append(name)
+    return found
 
 
 def _declare(function: str, *types: type[Any]) -> Callable[..., int]:
@@ -184,7 +204,7 @@ def join_new_keyring() -> None:
     try:
         _check(_keyctl(number("keyctl"), KEYCTL_JOIN_SESSION_KEYRING, None), "keyctl")
     except OSError as error:
-        if error.errno not in (38, 1, 122):
+        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EDQUOT):
             raise
 
 

@@ -15,9 +15,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.mount_namespace import enter_own
 from jailmgr.template.log import BuildLog
 from jailmgr.template.recipe import Build
 
@@ -51,8 +53,10 @@ _LINE_MAX = 64 * 1024
 _WGETRC = "tries = 3\ntimeout = 15\nwaitretry = 1\nverbose = off\nlogfile = /dev/fd/3\n"
 """wget's own patience is 20 tries with no limit on connecting; and its words belong in the log."""
 
-_CONTAIN = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL")
-"""In a pid namespace all of it ends with its first process, which ends with us; no mount of it reaches the host."""
+_CONTAIN = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL")
+"""In a pid namespace all of it ends with its first process, which ends with the thread that started it."""
+_NEEDED = ("/dev", "/etc", "/proc", "/tmp", "/usr/bin", "/usr/lib", "/usr/share", "/var/lib")
+"""Of the host's, beside where it builds; no mount of it reaches the host."""
 _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 3>&1 2>&1', "sh")
 
 _SECOND = (
@@ -151,7 +155,13 @@ def first_stage(
         _write_once(wgetrc, _WGETRC)
         argv = [*_CONTAIN, *_ONE_STREAM, *first_stage_argv(build, target, mirror, cache)]
         reader = Interaction(log, progress)
-        status = _run(argv, _environment(wgetrc), reader, cancelled, what)
+
+        def run() -> int:
+            enter_own([*_NEEDED, target, cache_dir])
+            return _run(argv, _environment(wgetrc), reader, cancelled, what)
+
+        with ThreadPoolExecutor(1) as thread:
+            status = thread.submit(run).result()
         if status != 0:
             error = failure(what, log, reader.error or f"debootstrap ended with status {status}")
             if reader.no_network and error.code == "failed":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jailmgr.runtime import seccomp
 from tests.system.conftest import MakeJail
 from tests.system.instance import COMMAND, Instance, until
 from tests.system.leftovers import leftovers, running
@@ -149,6 +152,38 @@ def test_not_root() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert "Hint: " in done.stderr
+
+
+@pytest.mark.parametrize("call", ["clone3", "fsopen", "mount_setattr", "open_tree"])
+def test_a_kernel_without_a_needed_feature(new_instance: MakeInstance, call: str) -> None:
+    """A filter on all of an instance takes the call away, as an older kernel hasn't got it."""
+    instance = new_instance()
+    section = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "architectures": [],
+        "syscalls": [{"names": [call], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS}],
+    }
+    program = seccomp.compile(section)
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [COMMAND, *argv], capture_output=True, text=True, timeout=120, env=instance.environment(),
+            stdin=subprocess.DEVNULL, preexec_fn=lambda: seccomp.load(program),
+        )  # fmt: skip
+
+    done = run("launch", "busybox", "bad")
+    assert done.returncode == 1, done.stderr
+    assert call in done.stderr or "namespaces" in done.stderr
+    assert "doctor" in done.stderr.partition("Hint: ")[2]
+    assert json.loads(run("list", "--format", "json").stdout) == []
+    (check,) = [
+        each for each in json.loads(run("doctor", "--format", "json").stdout) if each["check"] == "system calls"
+    ]
+    assert not check["ok"]
+    assert call in check["detail"]
+    run("engine", "stop")
+    until(lambda: not running(leftovers(instance.root)), 15, "nothing is left")
+    instance("launch", "busybox", "good")
 
 
 def test_root_too_long_for_a_socket(tmp_path: Path) -> None:
