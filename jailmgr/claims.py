@@ -49,13 +49,14 @@ def claim_mark(root: Root) -> None:
     Raises JailmgrError (`conflict`) where an instance at another path has the same one.
     """
     with _claims() as claims:
-        other = next((held.at for name, held in claims.items() if held.mark == root.mark and name != _name(root)), None)
+        others = {name: held for name, held in claims.items() if name not in (_name(root), FOUND)}
+        other = next((name for name, held in others.items() if held.mark == root.mark), None)
         # Interfaces of the host's own instance say `local` where the others have their mark.
         if other is None and root.mark == "local":
             other = "the host's own"
         if other is not None:
             raise JailmgrError(
-                f"root {root.at}", f"its mark {root.mark} is that of {other}", "Choose another path.", "conflict"
+                f"root {_name(root)}", f"its mark {root.mark} is that of {other}", "Choose another path.", "conflict"
             )
         _held(claims, root)
 

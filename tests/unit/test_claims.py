@@ -201,6 +201,17 @@ def test_claims_that_were_lost_are_made_again(make_root: MakeRoot, monkeypatch: 
         claims.release_all(two)
 
 
+def test_lost_claims_of_others_are_not_in_the_hosts_own_way(
+    monkeypatch: pytest.MonkeyPatch, make_root: MakeRoot
+) -> None:
+    """What is found of processes whose claims were lost has no mark, and neither has the host's own instance."""
+    monkeypatch.setattr(claims, "_in_use", lambda: iter([(FIRST_RANGE, claims.RANGE)]))
+    own = Root("lib", "run", "etc", "")
+    claims.claim_mark(own)
+    claims.claim_mark(own)
+    assert claims.claim_idmap(own, "1") != FIRST_RANGE
+
+
 def test_a_failed_claim_changes_nothing(make_root: MakeRoot) -> None:
     one = make_root("one")
     claims.claim_idmap(one, "1")
