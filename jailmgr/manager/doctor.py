@@ -34,6 +34,7 @@ TOOLS: dict[str, tuple[str, Severity, str]] = {
     "dnsmasq": ("dnsmasq-base", "error", "names of jails"),
     "debootstrap": ("debootstrap", "warning", "builds Debian images"),
 }
+PROTOCOLS = "/etc/protocols"
 LIBRARIES = {"nftables": "libnftables1", "seccomp": "libseccomp2"}
 SYSCTLS = {
     "fs/inotify/max_user_instances": (1024, "each jail with systemd takes some 8 of its tenant's"),
@@ -177,7 +178,9 @@ def _nftables() -> list[Check]:
         return [
             _check("nftables", False, str(error), "Install it: apt install libnftables1; the kernel needs nf_tables.")
         ]
-    return [_check("nftables", True, "answers")]
+    there = os.path.exists(PROTOCOLS)
+    detail = PROTOCOLS if there else f"no {PROTOCOLS}, where libnftables looks tcp and udp up"
+    return [_check("nftables", True, "answers"), _check("protocols", there, detail, "apt install netbase")]
 
 
 def _tools() -> list[Check]:
