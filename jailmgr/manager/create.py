@@ -62,6 +62,7 @@ def create(
     `failed`; CancelledError. Nothing of the jail is left then; an image that was built stays.
     """
     check_new(m, tenant, name, source, config, devices)
+    m.check_disk()
     folded, placed = fold(config, devices)
     ensure_tenant(m, tenant)
     jail = _reserve(m, tenant, name, source, folded, placed)

@@ -14,6 +14,7 @@ import msgspec
 from jailmgr import claims
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
+from jailmgr.manager.disk_guard import space_left
 from jailmgr.manager.leftovers import find_leftovers
 from jailmgr.manager.leftovers import fix as fix
 from jailmgr.network import nft
@@ -232,6 +233,10 @@ def _ids() -> list[Check]:
 
 def _disk(root: Root) -> list[Check]:
     if os.path.exists(root.pool_file):
+        writable = space_left(root)
+        if writable is not None and writable <= 0:
+            remedy = "Free some space on the host's disk: jails are held still until there is some."
+            return [_check("disk", False, "the host's disk is nearly full", remedy)]
         left = host_headroom(root)
         detail = f"{format_size(max(0, left))} would be left on the host's disk with the pool full"
         remedy = "The host's disk can be full before the pool is: free some space."

@@ -22,6 +22,7 @@ from jailmgr.storage.pool import Pool, close_pool, open_pool
 from jailmgr.store import READY, Row, Store
 
 if TYPE_CHECKING:
+    from jailmgr.manager.disk_guard import DiskGuard
     from jailmgr.manager.images import Building
     from jailmgr.manager.watch import Watcher
 
@@ -70,12 +71,14 @@ class Manager:
         self._locks: dict[tuple[str, str], tuple[threading.RLock, int]] = {}
         self._locks_lock = threading.Lock()
         self.watcher: Watcher | None = None
+        self.disk_guard: DiskGuard | None = None
 
     def open(self) -> None:
         """Open the store, finish or undo what a crash left, find the jails that run and watch over them.
 
         Raises JailmgrError where the store can't be read, or is gone while its jails are there.
         """
+        from jailmgr.manager.disk_guard import DiskGuard
         from jailmgr.manager.reconcile import reconcile
         from jailmgr.manager.watch import Watcher
 
@@ -87,6 +90,8 @@ class Manager:
         try:
             self.watcher = Watcher(self)
             reconcile(self)
+            self.disk_guard = DiskGuard(self)
+            self.disk_guard.start()
             self.watcher.start()
         except BaseException:
             self._shut()
@@ -99,6 +104,8 @@ class Manager:
         if self.watcher is None:
             return
         self.watcher.stop()
+        if self.disk_guard is not None:
+            self.disk_guard.stop()
         try:
             take_down(self)
         finally:
@@ -108,7 +115,18 @@ class Manager:
         if self.watcher is not None:
             self.watcher.stop()
             self.watcher = None
+        if self.disk_guard is not None:
+            self.disk_guard.stop()
+            self.disk_guard = None
         self.store.close()
+
+    def check_disk(self) -> None:
+        """JailmgrError `full` where the host's disk has no room for anything that writes."""
+        if self.disk_guard is not None:
+            self.disk_guard.check()
+
+    def disk_is_full(self) -> bool:
+        return self.disk_guard is not None and self.disk_guard.full
 
     def _refuse_lost_store(self) -> None:
         jails = f"{self.root.lib}/jails"

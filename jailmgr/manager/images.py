@@ -20,6 +20,7 @@ from jailmgr.manager.builder import claim_key, remove_build, run_in_build
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
 from jailmgr.model import Image
+from jailmgr.storage.pool import pool_usage
 from jailmgr.storage.volume import create_build
 from jailmgr.template.build import Built, build_image
 from jailmgr.template.recipe import Build, find_templates, load_template, resolve
@@ -138,11 +139,25 @@ def _end(m: Manager, build: Build, building: Building, image: Image | None, erro
     building.end(image, error)
 
 
-def _build(m: Manager, build: Build, progress: Progress, cancelled: Cancelled) -> Image:
+def _build(m: Manager, build: Build, progress: Progress, unwanted: Cancelled) -> Image:
+    """A build that nobody waits for any more is given up, and one that the host's disk has no room for."""
+    try:
+        return _carry_out(m, build, progress, lambda: unwanted() or m.disk_is_full())
+    except JailmgrError as error:
+        if not unwanted():
+            try:
+                m.check_disk()
+            except JailmgrError as full:
+                raise full from error
+        raise
+
+
+def _carry_out(m: Manager, build: Build, progress: Progress, cancelled: Cancelled) -> Image:
     name = secrets.token_hex(6)
     with ExitStack() as undo:
         undo.callback(remove_build, m, name)
-        target = create_build(m.pool, name)
+        # A build that runs wild leaves the jails a tenth of what was free.
+        target = create_build(m.pool, name, pool_usage(m.pool)[1] * 9 // 10)
         base = claims.claim_idmap(m.root, claim_key(name))
         run = run_in_build(m, name, target, base, cancelled)
         os.makedirs(logs := f"{m.root.lib}/logs", mode=0o700, exist_ok=True)

@@ -43,6 +43,7 @@ def wait_ready(m: Manager, tenant: str, name: str) -> None:
 
 def boot(m: Manager, jail: Jail) -> None:
     """`start` for a jail that is locked and doesn't run. What fails takes back what was done."""
+    m.check_disk()
     _ = m.pool
     for port in ports_of(jail):
         check_host(port)

@@ -63,6 +63,7 @@ def unfreeze(m: Manager, tenant: str, name: str) -> None:
         cgroup = _running_cgroup(m, jail)
         if not cgroups.is_frozen(m.hierarchies, cgroup):
             raise JailmgrError(f"jail {name}", "it is not paused", "", "conflict")
+        m.check_disk()
         cgroups.thaw(m.hierarchies, cgroup)
 
 

@@ -90,6 +90,41 @@ def test_full_disk_while_building(new_instance: MakeInstance) -> None:
     instance("launch", "busybox", "afterwards")
 
 
+def test_the_hosts_disk_running_full(new_instance: MakeInstance) -> None:
+    """Others fill the disk that the pool's sparse file counts on: writers wait, nothing is lost, and they go on."""
+    instance = new_instance()
+    at, disk = instance.root.at, f"{instance.root.at}.ext4"
+    run("truncate", "--size=3584M", disk)
+    run("mkfs.ext4", "-q", disk)
+    run("mount", "-o", "loop", disk, at)
+    try:
+        os.makedirs(instance.root.etc)
+        Path(instance.root.etc, "config.toml").write_text('[pool]\nsize = "1GiB"\n')
+        instance("launch", "busybox", "writer")
+        host = os.statvfs(at)
+        filler = os.open(f"{at}/filler", os.O_WRONLY | os.O_CREAT)
+        os.posix_fallocate(filler, 0, host.f_bavail * host.f_frsize - (600 << 20))
+        os.close(filler)
+        write = "dd if=/dev/zero of=/root/big bs=1M count=700 2>&1 && sync"
+        with instance.popen("exec", "writer", "--", "/bin/sh", "-c", write, stdout=subprocess.DEVNULL) as writing:
+            until(lambda: instance.status("writer") == "Frozen", 60, "the writer is held still")
+            assert not os.statvfs(instance.root.pool).f_flag & os.ST_RDONLY
+            assert "nearly full" in instance.refused("launch", "busybox", "another").err
+            assert "nearly full" in instance.refused("resume", "writer").err
+            checks = {check["check"]: check for check in instance("doctor", "--format", "json", status=1).json}
+            assert (checks["disk"]["ok"], checks["disk"]["severity"]) == (False, "error")
+            os.unlink(f"{at}/filler")
+            until(lambda: instance.status("writer") == "Running", 30, "it goes on")
+            assert writing.wait(120) == 0
+        assert instance.exec("writer", "stat", "-c", "%s", "/root/big").out == f"{700 << 20}\n"
+        instance("delete", "--force", "writer")
+        instance("engine", "stop")
+        until(lambda: running(leftovers(instance.root)) <= {f"mount {at}"}, 15, "nothing is left")
+    finally:
+        run("umount", "--lazy", at)
+        os.unlink(disk)
+
+
 def test_no_room_for_a_pool(new_instance: MakeInstance) -> None:
     instance = new_instance()
     run("mount", "-t", "tmpfs", "-o", "size=300M", "tmpfs", instance.root.at)
