@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime import device_bpf
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies, directory, field, read, read_or, relative, write
 
 PERIOD_US = 100_000
@@ -229,7 +230,7 @@ def _above_tenant(cgroup: str, limits: Limits, tenant: str) -> JailmgrError:
 
 
 def device_rules(h: Hierarchies, cgroup: str, rules: Iterable[Mapping[str, Any]] = DEFAULT_DEVICES) -> bool:
-    """Let the group open and make these devices only. False where there is no devices controller (v2: not built yet).
+    """Let the group open and make these devices only: by v1's controller, else by BPF on v2. False where neither is.
 
     `rules`: OCI's `linux.resources.devices`, in order; a rule without `type` is for all devices, one without `major` or
     `minor` for all numbers. The kernel takes no change of the first rule's kind once the group has groups below it.
@@ -237,7 +238,7 @@ def device_rules(h: Hierarchies, cgroup: str, rules: Iterable[Mapping[str, Any]]
     """
     path = directory(h, "devices", cgroup)
     if path is None:
-        return False
+        return _device_program(h, cgroup, rules)
     files: dict[bool, int] = {}
     try:
         for allow, name in ((True, "devices.allow"), (False, "devices.deny")):
@@ -251,6 +252,16 @@ def device_rules(h: Hierarchies, cgroup: str, rules: Iterable[Mapping[str, Any]]
     finally:
         for fd in files.values():
             os.close(fd)
+    return True
+
+
+def _device_program(h: Hierarchies, cgroup: str, rules: Iterable[Mapping[str, Any]]) -> bool:
+    if not h.unified:
+        return False
+    try:
+        device_bpf.attach(f"{h.unified}/{relative(cgroup)}", rules)
+    except OSError as error:
+        raise from_os(f"device rules of {cgroup}", error) from error
     return True
 
 

@@ -66,8 +66,8 @@ PIDFD_GET_INFO = 0xC040FF0B
 PIDFD_INFO_EXIT = 1 << 3
 
 _OLD = {
-    "x86_64": {"clone": 56, "pivot_root": 155, "keyctl": 250},
-    "aarch64": {"clone": 220, "pivot_root": 41, "keyctl": 219},
+    "x86_64": {"clone": 56, "pivot_root": 155, "keyctl": 250, "bpf": 321},
+    "aarch64": {"clone": 220, "pivot_root": 41, "keyctl": 219, "bpf": 280},
 }
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 437, 442
 _CLONE3, _CLOSE_RANGE = 435, 436
@@ -129,6 +129,7 @@ _mount_setattr = _declare("syscall", c_long, c_int, c_char_p, c_uint, c_void_p, 
 _openat2 = _declare("syscall", c_long, c_int, c_char_p, c_void_p, c_size_t)
 _close_range = _declare("syscall", c_long, c_uint, c_uint, c_uint)
 _pivot_root = _declare("syscall", c_long, c_char_p, c_char_p)
+_bpf = _declare("syscall", c_long, c_int, c_char_p, c_uint)
 _keyctl = _declare("syscall", c_long, c_int, c_void_p)
 _prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _set_name = _declare("prctl", c_int, c_char_p)
@@ -288,6 +289,11 @@ def close_all_but(*keep: int) -> None:
         if fd > first:
             _check(_close_range(_CLOSE_RANGE, first, min(fd - 1, (1 << 31) - 1), 0), "close_range")
         first = max(first, fd + 1)
+
+
+def bpf(command: int, attributes: bytes) -> int:
+    """bpf(2): `attributes` is the part of union bpf_attr that the command reads."""
+    return _check(_bpf(number("bpf"), command, attributes, len(attributes)), "bpf", str(command))
 
 
 class _PidfdInfo(ctypes.Structure):

@@ -280,10 +280,50 @@ def test_a_cpu_quota_above_the_tenants(jail: Jail) -> None:
     assert "below what a jail in it has" in caught.value.why
 
 
+def without_v1_devices(h: Hierarchies) -> Hierarchies:
+    """As on a host with cgroup v2 alone, which has no controller for devices."""
+    return h._replace(v1={controller: mount for controller, mount in h.v1.items() if controller != "devices"})
+
+
 def test_devices_are_the_usual_ones_and_no_others(jail: Jail) -> None:
-    if "devices" not in jail.h.v1:
-        assert cgroups.device_rules(jail.h, jail.cgroup) is False
-        return
+    check_devices(jail)
+
+
+def test_devices_are_the_usual_ones_by_bpf(v2_jail: Jail) -> None:
+    v2_jail.h = without_v1_devices(v2_jail.h)
+    check_devices(v2_jail)
+
+
+@pytest.mark.parametrize(
+    ("rules", "opens"),
+    [
+        ([], "zero- null-"),
+        ([{"allow": True}], "zero+ null+"),
+        ([{"allow": True}, {"allow": False, "type": "c", "major": 1, "minor": 5, "access": "w"}], "zero- null+"),
+        ([{"allow": False}, {"allow": True, "type": "c", "major": 1, "minor": 5, "access": "rw"}], "zero+ null-"),
+        ([{"allow": False}, {"allow": True, "type": "c", "major": 1, "minor": 5, "access": "r"}], "zero- null-"),
+        ([{"allow": False}, {"allow": True, "type": "b"}], "zero- null-"),
+        ([{"allow": True, "type": "c", "major": 1}, {"allow": False, "minor": 3}], "zero+ null-"),
+    ],
+)
+def test_the_last_rule_that_fits_counts(v2_jail: Jail, rules: list[dict[str, object]], opens: str) -> None:
+    """For reading and writing together, by BPF."""
+    assert cgroups.device_rules(without_v1_devices(v2_jail.h), v2_jail.cgroup, rules)
+    program = """
+import os, sys
+def mark(path):
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except PermissionError:
+        return "-"
+    return "+"
+print(*(name + mark(f"/dev/{name}") for name in ("zero", "null")), flush=True)
+sys.stdin.read()
+"""
+    assert v2_jail.said(v2_jail.run(program)).decode() == opens
+
+
+def check_devices(jail: Jail) -> None:
     assert cgroups.device_rules(jail.h, jail.cgroup) is True
     assert cgroups.device_rules(jail.h, jail.cgroup) is True
     program = """
