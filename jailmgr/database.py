@@ -55,6 +55,7 @@ class Database:
         self.path = path
         self._lock = threading.RLock()
         self._depth = 0
+        self._undone = 0
         self._db: sqlite3.Connection | None = None
 
     def open_to_read(self) -> None:
@@ -119,6 +120,7 @@ class Database:
                     yield db
                     db.execute("COMMIT")
                 except BaseException:
+                    self._undone += 1
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                     raise
@@ -132,6 +134,10 @@ class Database:
                 raise JailmgrError(f"store {self.path}", str(error), hint, "full" if full else "failed") from error
             except sqlite3.DatabaseError as error:
                 raise self._damaged(error) from error
+
+    def version(self) -> tuple[int, int]:
+        """Another one after every change, and after every change that was taken back: what was read before is stale."""
+        return (self._db.total_changes if self._db is not None else -1), self._undone
 
     def select(self, query: str, *values: object) -> list[Any]:
         with self._lock:

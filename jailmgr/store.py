@@ -34,6 +34,11 @@ class Row(msgspec.Struct, frozen=True):
 class Store(Database):
     """What an instance knows. Each call is one transaction, or part of the caller's (`with store.transaction()`)."""
 
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._rows: dict[str | None, list[Row]] = {}
+        self._rows_version = (-1, -1)
+
     def fact(self, name: str) -> str:
         """A small thing remembered (`set_fact`), or an empty string."""
         found = self.select("SELECT value FROM facts WHERE name = ?", name)
@@ -173,7 +178,16 @@ class Store(Database):
     # jails
 
     def rows(self, tenant: str | None = None) -> list[Row]:
-        """All jails, of whatever state, by tenant and name."""
+        """All jails, of whatever state, by tenant and name; the same objects as long as nothing was changed."""
+        with self._lock:
+            if self._rows_version != self.version():
+                self._rows.clear()
+                self._rows_version = self.version()
+            if tenant not in self._rows:
+                self._rows[tenant] = self._read_rows(tenant)
+            return list(self._rows[tenant])
+
+    def _read_rows(self, tenant: str | None) -> list[Row]:
         with self._lock:
             found = self.select(f"{_JAILS} WHERE ? IS NULL OR tenant = ? ORDER BY tenant, name", tenant, tenant)
             nics: dict[int, list[Nic]] = {}

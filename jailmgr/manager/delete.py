@@ -52,5 +52,6 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
         remove_state(m.root.tenant_run(jail.tenant), name)
     release(m, jail)
     m.store.remove(jail)
+    m.stopped_views.pop(jail.id, None)
     if m.watcher is not None and not m.store.jails(jail.tenant):
         m.watcher.release(jail.tenant)

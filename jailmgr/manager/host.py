@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jailmgr.manager.disk_guard import DiskGuard
     from jailmgr.manager.images import Building
     from jailmgr.manager.watch import Watcher
+    from jailmgr.model import JailView
 
 Progress = Callable[[str, int, int], None]
 """Told of a step's name (for a person), how much is done, and of how much (0: not known)."""
@@ -70,6 +71,8 @@ class Manager:
         self._pool_lock = threading.Lock()
         self._locks: dict[tuple[str, str], tuple[threading.RLock, int]] = {}
         self._locks_lock = threading.Lock()
+        self.stopped_views: dict[int, tuple[Row, int | None, JailView]] = {}
+        """By id, the last view of each jail that didn't run, and what it was made from: it changes with that only."""
         self.watcher: Watcher | None = None
         self.disk_guard: DiskGuard | None = None
 

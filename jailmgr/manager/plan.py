@@ -31,6 +31,8 @@ def limits_of(config: Config) -> Limits:
     `limits.cpu` and a hard `limits.cpu.allowance` together: the smaller holds. A soft allowance (`50%`) and
     `limits.cpu.priority` are weights, as in LXD: the percentage, less 10 - priority.
     """
+    if not any(key.startswith("limits.") for key in config):
+        return Limits()
     return Limits(
         memory=_size(config, "limits.memory"),
         swap=_swap(config.get("limits.memory.swap")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
 from typing import Any
 
 import msgspec
@@ -15,8 +15,8 @@ from jailmgr.model import Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import ID_SIZE
 from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process
-from jailmgr.storage.volume import volume_usage
-from jailmgr.store import DELETING, READY, RENAMING
+from jailmgr.storage.volume import committed_usage, volume_usage
+from jailmgr.store import DELETING, READY, RENAMING, Row
 
 
 class ImageView(msgspec.Struct, frozen=True):
@@ -54,14 +54,16 @@ class NetworkView(msgspec.Struct, frozen=True):
 
 def rfc3339(at: float) -> str:
     """Seconds since the epoch as RFC 3339, in UTC."""
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
 def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:
-    """Jails by tenant and name. A stopped one costs a row and one small file of its quota group, no more."""
+    """Jails by tenant and name. A stopped one costs a row and its part of the list of quota groups, no more."""
     if tenant not in (None, DEFAULT_TENANT):
         m.store.tenant(tenant)
     running: dict[str, set[str]] = {}
+    pool = m.pool_if_open
+    stopped = committed_usage(pool) if pool is not None else {}
     views = []
     for row in m.store.rows(tenant):
         if row.state not in (READY, DELETING, RENAMING):
@@ -70,8 +72,20 @@ def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:
         if jail.tenant not in running:
             running[jail.tenant] = set(running_jails(m.root, jail.tenant))
         state = read_state(m.root, jail.tenant, jail.name) if jail.name in running[jail.tenant] else None
-        views.append(JailView(**_fields(m, jail, state, row.state)))
+        if state is None:
+            views.append(_stopped_view(m, row, stopped.get(jail.id)))
+        else:
+            views.append(JailView(**_fields(m, jail, state, row.state, _disk(m, jail))))
     return views
+
+
+def _stopped_view(m: Manager, row: Row, disk: int | None) -> JailView:
+    known = m.stopped_views.get(row.jail.id)
+    if known is not None and known[0] is row and known[1] == disk:
+        return known[2]
+    view = JailView(**_fields(m, row.jail, None, row.state, disk))
+    m.stopped_views[row.jail.id] = (row, disk, view)
+    return view
 
 
 def info(m: Manager, tenant: str, name: str) -> JailInfo:
@@ -79,7 +93,7 @@ def info(m: Manager, tenant: str, name: str) -> JailInfo:
     row = m.store.find_row(tenant, name)
     jail = row.jail if row is not None and row.state in (DELETING, RENAMING) else m.store.jail(tenant, name)
     state = read_state(m.root, tenant, name)
-    fields = _fields(m, jail, state, row.state if row else READY)
+    fields = _fields(m, jail, state, row.state if row else READY, _disk(m, jail))
     lib = m.root.jail_lib(tenant, name)
     fields |= {
         "rootfs": m.root.volume(tenant, name),
@@ -129,9 +143,9 @@ def image_info(image: Image, jails: int) -> ImageInfo:
     return ImageInfo(**view, packages=image.packages, recipe=image.recipe, files=files, key=image.key)
 
 
-def _fields(m: Manager, jail: Jail, state: State | None, row_state: str) -> dict[str, Any]:
+def _fields(m: Manager, jail: Jail, state: State | None, row_state: str, disk: int | None) -> dict[str, Any]:
     nic = jail.nics[0] if jail.nics else None
-    status, usage = "Stopped" if row_state == READY else "Error", Usage(disk_bytes=_disk(m, jail))
+    status, usage = "Stopped" if row_state == READY else "Error", Usage(disk_bytes=disk)
     if state is not None:
         cgroup = cgroup_of(m.root, jail.tenant, jail.name)
         status = "Frozen" if cgroups.is_frozen(m.hierarchies, cgroup) else "Running"

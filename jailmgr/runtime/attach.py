@@ -25,7 +25,7 @@ _SPAWN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from jailmgr.runtime.supervisor import main
-main(sys.argv[2], int(sys.argv[3]))
+main(sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
 
 
@@ -119,7 +119,7 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
             sock = _try(run)
             if sock is not None:
                 return Supervisor(root, tenant, sock)
-            _start(run)
+            _start(root, run)
             sock = _try(run)
             if sock is not None:
                 return Supervisor(root, tenant, sock)
@@ -154,16 +154,20 @@ def _try(run: str) -> _socket.socket | None:
     return None
 
 
-def _start(run: str) -> None:
+def _start(root: Root, run: str) -> None:
     """A supervisor of its own session, with nothing of ours but the pipe on which it says that it listens."""
     import jailmgr
+    from jailmgr.runtime import scope
 
     package = os.path.dirname(os.path.dirname(os.path.abspath(jailmgr.__file__)))
     ear, mouth = os.pipe()
     try:
         os.set_inheritable(mouth, True)
-        argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _SPAWN, package, run, str(mouth)]
-        pid = os.posix_spawn(sys.executable, argv, {"PATH": os.defpath, "LC_ALL": "C.UTF-8"})
+        group = scope.directory(root.cgroup)
+        argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _SPAWN, package, run, str(mouth), group]
+        if group:
+            argv = scope.begin(root.cgroup, argv)
+        pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath, "LC_ALL": "C.UTF-8"})
     finally:
         os.close(mouth)
     try:

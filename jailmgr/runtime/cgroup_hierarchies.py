@@ -25,6 +25,12 @@ WITHOUT_V2 = ("cpuacct", "freezer")
 """What v2 groups do with no controller (cpu.stat, cgroup.freeze): v1's are used where there is no v2 at all."""
 
 
+SYSTEMD = os.path.isdir("/run/systemd/system")
+"""This host's process 1 is systemd, and cgroups are its own (sd_booted(3)): runtime/scope.py."""
+
+SLICE = "jailmgr.slice"
+
+
 class Hierarchies(NamedTuple):
     """What `discover` found. Directories have no slash at their end."""
 
@@ -87,13 +93,19 @@ def _unescape(path: bytes) -> str:
 def relative(cgroup: str) -> str:
     """The directory of the group `ROOT/TENANT/JAIL` (or one above it) below a hierarchy's mount point.
 
+    With systemd ROOT is a scope of it.
+
     `tasks` is a good name for a jail and a file in every v1 directory; directories of ours have no other name in common
     with the kernel's files, which carry a dot or an underscore. Raises JailmgrError for what is no group of ours.
     """
     parts = cgroup.split("/")
     if not 1 <= len(parts) <= 3 or any(not part or part.startswith(".") or "\0" in part for part in parts):
         raise JailmgrError(f"cgroup {cgroup!r}", "not the name of a group of jailmgr", code="invalid")
-    return "/".join("tasks.d" if part == "tasks" else part for part in parts) if "tasks" in parts else cgroup
+    if SYSTEMD:
+        cgroup = "/".join([SLICE, f"{parts[0]}.scope", *parts[1:]])
+    if "tasks" in parts:
+        cgroup = "/".join("tasks.d" if part == "tasks" else part for part in cgroup.split("/"))
+    return cgroup
 
 
 def directory(h: Hierarchies, controller: str, cgroup: str) -> str | None:

@@ -16,9 +16,9 @@ import os
 import time
 
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime.cgroup_hierarchies import SYSTEMD, read, relative, write
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies as Hierarchies
 from jailmgr.runtime.cgroup_hierarchies import discover as discover
-from jailmgr.runtime.cgroup_hierarchies import read, relative, write
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES as DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import Limits as Limits
 from jailmgr.runtime.cgroup_limits import device_rules as device_rules
@@ -50,14 +50,16 @@ def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
     v1's memory and others are hierarchical by themselves on every kernel from 5.11 on (memory.use_hierarchy is 1).
     """
     try:
-        for name in (root_name, f"{root_name}/{tenant}"):
-            for mount in h.mounts:
-                _make(f"{mount}/{relative(name)}")
+        for mount in h.mounts:
+            os.makedirs(f"{mount}/{relative(root_name)}/{tenant}", 0o755, exist_ok=True)
         if h.unified:
-            _enable(h, h.unified)
-            for name in (root_name, f"{root_name}/{tenant}"):
-                _make(f"{h.unified}/{relative(name)}")
-                _enable(h, f"{h.unified}/{relative(name)}")
+            top = f"{h.unified}/{relative(root_name)}"
+            if not SYSTEMD:
+                _enable(h, h.unified)
+                _make(top)
+            _enable(h, top)
+            _make(f"{h.unified}/{relative(f'{root_name}/{tenant}')}")
+            _enable(h, f"{h.unified}/{relative(f'{root_name}/{tenant}')}")
     except OSError as error:
         raise from_os(f"cgroup {root_name}/{tenant}", error, _hint(error)) from error
 
@@ -251,7 +253,7 @@ def list_groups(h: Hierarchies, root_name: str) -> list[str]:
     found: set[str] = set()
     for mount in (*h.mounts, h.unified):
         if mount:
-            for tenant in _names(f"{mount}/{root_name}"):
+            for tenant in _names(f"{mount}/{relative(root_name)}"):
                 group = f"{root_name}/{tenant}"
                 found.add(group)
                 found.update(f"{group}/{jail}" for jail in _names(f"{mount}/{relative(group)}"))
@@ -261,12 +263,16 @@ def list_groups(h: Hierarchies, root_name: str) -> list[str]:
 def _names(path: str) -> list[str]:
     try:
         with os.scandir(path) as entries:
-            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and entry.name[0] != "."]
     except FileNotFoundError:
         return []
     return ["tasks" if name == "tasks.d" else name for name in found]
 
 
 def remove_root(h: Hierarchies, root_name: str, timeout: float = 5.0) -> None:
-    """Remove all of our groups, as `remove` does. Raises JailmgrError where any has processes."""
-    remove(h, root_name, timeout)
+    """Remove all of our groups, as `remove` does. Raises JailmgrError where any has processes.
+
+    systemd's scope is systemd's: it goes with its last process.
+    """
+    if not SYSTEMD:
+        remove(h, root_name, timeout)

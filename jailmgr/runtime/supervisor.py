@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, process, protocol
+from jailmgr.runtime import cgroups, process, protocol, scope
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.adopt import adopt_all
 from jailmgr.runtime.jail import Host, Jail
@@ -100,8 +100,11 @@ def start(run: str, ready: Callable[[], None]) -> None:
     supervisor.run()
 
 
-def main(run: str, ready_fd: int) -> None:
-    """Become a daemon; one line on `ready_fd`: empty when it listens, else an error as JSON."""
+def main(run: str, ready_fd: int, group: str = "") -> None:
+    """Become a daemon; one line on `ready_fd`: empty when it listens, else an error as JSON.
+
+    `group`: the systemd scope's, to be moved to.
+    """
     if os.fork() != 0:
         os._exit(0)
     os.setsid()
@@ -123,6 +126,8 @@ def main(run: str, ready_fd: int) -> None:
         os.close(ready_fd)
 
     try:
+        if group:
+            scope.enter(group)
         start(run, ready)
     except (JailmgrError, OSError) as error:
         told = error if isinstance(error, JailmgrError) else JailmgrError("supervisor", str(error))

@@ -121,6 +121,16 @@ def volume_usage(pool: Pool, jail_id: int) -> int | None:
     return btrfs.group_usage(pool.uuid, btrfs.group(JAIL_LEVEL, jail_id))
 
 
+def committed_usage(pool: Pool) -> dict[int, int]:
+    """Bytes of each jail's volume by jail id, as of the last commit: exact for jails that have not run for 30 s."""
+    with btrfs.directory(pool.path) as top:
+        return {
+            group & (1 << 48) - 1: size
+            for group, size in btrfs.committed_usage(top).items()
+            if group >> 48 == JAIL_LEVEL
+        }
+
+
 def tenant_usage(pool: Pool, tenant_id: int) -> int | None:
     """Bytes all of a tenant's volumes take together; None where it never had one."""
     return btrfs.group_usage(pool.uuid, btrfs.group(TENANT_LEVEL, tenant_id))

@@ -187,8 +187,8 @@ def test_a_quota_the_kernel_would_not_take_is_refused(tmp_path: Path, limits: Li
     assert caught.value.code == "invalid"
 
 
-def test_device_rules_tell_where_there_is_no_controller(tmp_path: Path) -> None:
-    assert cgroups.device_rules(v2(tmp_path), GROUP) is False
+def test_device_rules_tell_where_nothing_can_hold_to_them() -> None:
+    assert cgroups.device_rules(Hierarchies("", (), {}, ()), GROUP) is False
 
 
 def test_counts_of_a_group_that_is_not_there(tmp_path: Path) -> None:
