@@ -135,9 +135,12 @@ class Database:
             except sqlite3.DatabaseError as error:
                 raise self._damaged(error) from error
 
-    def version(self) -> tuple[int, int]:
-        """Another one after every change, and after every change that was taken back: what was read before is stale."""
-        return (self._db.total_changes if self._db is not None else -1), self._undone
+    def version(self) -> tuple[int, int, int]:
+        """Another one after every change, ours or another process's, and after each of ours that was taken back."""
+        if self._db is None:
+            return -1, -1, -1
+        (others,) = self._db.execute("PRAGMA data_version").fetchone()
+        return others, self._db.total_changes, self._undone
 
     def select(self, query: str, *values: object) -> list[Any]:
         with self._lock:

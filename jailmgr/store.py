@@ -37,7 +37,7 @@ class Store(Database):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._rows: dict[str | None, list[Row]] = {}
-        self._rows_version = (-1, -1)
+        self._rows_version = (-1, -1, -1)
 
     def fact(self, name: str) -> str:
         """A small thing remembered (`set_fact`), or an empty string."""
@@ -180,9 +180,10 @@ class Store(Database):
     def rows(self, tenant: str | None = None) -> list[Row]:
         """All jails, of whatever state, by tenant and name; the same objects as long as nothing was changed."""
         with self._lock:
-            if self._rows_version != self.version():
+            version = self.version()
+            if self._rows_version != version:
                 self._rows.clear()
-                self._rows_version = self.version()
+                self._rows_version = version
             if tenant not in self._rows:
                 self._rows[tenant] = self._read_rows(tenant)
             return list(self._rows[tenant])

@@ -214,6 +214,20 @@ def test_the_last_good_copy_is_kept(store: Store) -> None:
     assert [jail.name for jail in store.jails()] == ["a"]
 
 
+def test_rows_are_the_same_until_something_changes(store: Store) -> None:
+    first = _jail(store)
+    before = store.rows()
+    assert all(kept is row for kept, row in zip(store.rows(), before, strict=True))
+    assert store.rows("default") == before
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        _jail(store, "b")
+        assert len(store.rows()) == 2
+        _ = 1 // 0
+    assert [row.jail.name for row in store.rows()] == ["a"]
+    store.remove(first)
+    assert store.rows() == []
+
+
 def test_reading_beside_the_engine(store: Store) -> None:
     _jail(store)
     reader = Store(store.path)
