@@ -51,7 +51,7 @@ def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
     """
     try:
         for mount in h.mounts:
-            os.makedirs(f"{mount}/{relative(root_name)}/{tenant}", 0o755, exist_ok=True)
+            os.makedirs(f"{mount}/{relative(f'{root_name}/{tenant}')}", 0o755, exist_ok=True)
         if h.unified:
             top = f"{h.unified}/{relative(root_name)}"
             if not SYSTEMD:
