@@ -55,7 +55,7 @@ def boot(m: Manager, jail: Jail) -> None:
         write_bundle(m, jail)
         if m.watcher is not None:
             m.watcher.watch(jail.tenant)
-        supervisor = undo.enter_context(attach.connect(m.root, jail.tenant))
+        supervisor = undo.enter_context(_supervisor(m, jail.tenant))
         supervisor.start(jail.name)
         undo.pop_all()
     if m.watcher is not None:
@@ -63,6 +63,18 @@ def boot(m: Manager, jail: Jail) -> None:
         m.watcher.hold(supervisor, jail.tenant)
     else:
         supervisor.close()
+
+
+def _supervisor(m: Manager, tenant: str) -> attach.Supervisor:
+    """A connection to the tenant's supervisor: the one that is held, where that still answers."""
+    held = m.watcher.take(tenant) if m.watcher is not None else None
+    if held is not None:
+        try:
+            held.ask("hello")
+            return held
+        except JailmgrError:
+            held.close()
+    return attach.connect(m.root, tenant)
 
 
 def restart(

@@ -94,10 +94,14 @@ class Watcher:
         if old is not None:
             old.close()
 
+    def take(self, tenant: str) -> attach.Supervisor | None:
+        """The connection that is held to a tenant's supervisor, if one is; it is the caller's then."""
+        with self._changed:
+            return self._held.pop(tenant, (None, 0.0))[0]
+
     def release(self, tenant: str) -> None:
         """Let a supervisor without jails go."""
-        with self._changed:
-            link, _ = self._held.pop(tenant, (None, 0.0))
+        link = self.take(tenant)
         if link is not None:
             link.close()
 

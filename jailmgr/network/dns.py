@@ -7,6 +7,7 @@ our 0700 directories: so it is started in a mount namespace of its own, with the
 from __future__ import annotations
 
 import contextlib
+import functools
 import grp
 import os
 import pwd
@@ -137,8 +138,9 @@ def _command(place: Path, network: Network) -> list[str]:
     ]
 
 
+@functools.cache
 def _group(user: str) -> str:
-    """Name of a user's own group; empty where there is no such user."""
+    """Name of a user's own group; empty where there is no such user. Kept: it is two files to read at each start."""
     try:
         return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     except KeyError:

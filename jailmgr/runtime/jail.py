@@ -86,9 +86,12 @@ class Jail:
         """Running, or on its way there again."""
         return self.running or self._start_timer is not None
 
-    def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None) -> None:
-        """From the bundle on disk to init exec'd. Raises JailmgrError, with nothing left of the attempt."""
-        self._begin(load_bundle(self.lib), restarts, stdio, None)
+    def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None, bundle: Bundle | None = None) -> None:
+        """From the bundle on disk to init exec'd; `bundle` is that, where it has just been read.
+
+        Raises JailmgrError, with nothing left of the attempt.
+        """
+        self._begin(bundle or load_bundle(self.lib), restarts, stdio, None)
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""

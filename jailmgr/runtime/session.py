@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jailmgr.runtime.supervisor import Supervisor
 
 _NULL = os.makedev(1, 3)
+_OF_INIT = {"TERM", "GLIBC_TUNABLES"}
+"""Variables of init's that are not for what is exec'd: the console's terminal, a template's tuning of process 1."""
 _PIPEFS_MAGIC = 0x50495045
 
 
@@ -202,8 +204,11 @@ class Session:
         jail = supervisor.jails.get(name)
         if jail is not None and jail.running:
             raise _busy(jail)
-        jail = jail or Jail(supervisor.host, name, body["lib"])
-        jail.start()
+        if jail is None:
+            jail = Jail(supervisor.host, name, body["lib"])
+            jail.start(bundle=jail.bundle)
+        else:
+            jail.start()
         assert jail.state is not None
         if not (body.get("wait") and jail.bundle.notify):
             self.tell({"state": jail.state._asdict()})
@@ -257,7 +262,7 @@ class Session:
         supervisor = self.supervisor
         jail = supervisor.find(body["jail"])
         _check_not_paused(jail, supervisor.host.hierarchies)
-        base = {name: value for name, value in jail.bundle.env.items() if name != "TERM"}
+        base = {name: value for name, value in jail.bundle.env.items() if name not in _OF_INIT}
         command = enter.read_command(body, base)
         if not command.tty:
             _check_stdio(fds)
