@@ -142,7 +142,6 @@ class Jail:
     def _prepare(self, restarts: int, pid: int) -> None:
         """What has to be in place before init begins, and can be done while it is being made."""
         hierarchies, bundle = self.host.hierarchies, self.bundle
-        cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
         cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
         self.state = State(
             pid, start_time(pid) or 0, time(), restarts, False,
@@ -346,10 +345,13 @@ class Jail:
 
 
 def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
-    """The jail's cgroups, below its tenant's."""
+    """The jail's cgroups, below its tenant's, held to its devices: v1's rules deny all before they allow, and by then
+    process 1 may be opening its console.
+    """
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
     cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base)
+    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
 
 
 def _give_up(spawned: spawn.Spawned) -> None:
