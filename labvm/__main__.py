@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
-from labvm import guest
 from labvm.errors import FAILED, LabError
-from labvm.image import PYTHONS, TREE, host_entries, image, recipe, requirements, tree_packages, wheelhouse
+from labvm.image import PYTHONS, host_entries, image, recipe, requirements, tree_packages, wheelhouse
+from labvm.tree import pack
 from labvm.vm import Machine, Talk, accelerator, command_line, converse, running
 
 CACHE = "/var/cache/jailmgr-lab"
@@ -73,43 +69,18 @@ def _size(text: str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def pack(output: IO[bytes], commands: list[str]) -> None:
-    """A tar of the working tree as it is now, ignored files left out, and of what runs the commands."""
-    names = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=TREE, stdout=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
-    if names.returncode != 0:
-        raise LabError("git can't tell which files are part of the working tree")
-    with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name in sorted({*filter(None, names.stdout.split("\0"))}):
-            if os.path.lexists(TREE / name):
-                tar.add(TREE / name, f"{guest.TREE}/{name}", recursive=False, filter=_of_root)
-        for path, text in {guest.COMMANDS: json.dumps(commands), guest.SELF: Path(guest.__file__).read_text()}.items():
-            entry = tarfile.TarInfo(str(path.relative_to("/")))
-            entry.size = len(text.encode())
-            tar.addfile(entry, io.BytesIO(text.encode()))
-    output.flush()
-
-
-def _of_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    entry.uid = entry.gid = 0
-    entry.uname = entry.gname = "root"
-    return entry
-
-
 def run(options: argparse.Namespace, cache: Path) -> int:
     """The first status of a command that isn't 0. LabError, with the path of the console's log where there is one."""
     wanted = recipe(options.release, host_entries(), tree_packages(), options.disk)
-    booted = image(cache, wanted)
     wheels = wheelhouse(cache, options.release, requirements())
+    booted = image(cache, wanted, wheels)
     accel = accelerator(cache, booted)
     ours, theirs = socket.socketpair()
     with ours, theirs, tempfile.TemporaryFile(dir=cache) as tree, tempfile.TemporaryFile(dir=cache) as console:
         pack(tree, options.commands)
         inherited = (theirs.fileno(), tree.fileno(), console.fileno())
         channel, tree_fd, console_fd = inherited
-        machine = Machine(booted, str(wheels), f"/dev/fd/{tree_fd}", f"/dev/fd/{console_fd}", channel, accel)
+        machine = Machine(booted, str(wheels.file), f"/dev/fd/{tree_fd}", f"/dev/fd/{console_fd}", channel, accel)
         talk = Talk(len(options.commands), sys.stdout.fileno())
         try:
             with running(command_line(machine), inherited, cache):

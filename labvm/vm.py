@@ -17,7 +17,8 @@ from labvm.guest import CHUNK, HEADER, OUTPUT, STATUS, UP
 from labvm.image import Image
 
 QEMU = "qemu-system-x86_64"
-TCG = ("-accel", "tcg,thread=multi", "-cpu", "max")
+TCG = ("-accel", "tcg,thread=multi", "-cpu", "max,la57=off")
+"""Each level of page tables less is a memory access less for each miss, and those are the emulator's own work."""
 KVM = ("-accel", "kvm", "-cpu", "host")
 BOOT_WITHIN = 300
 """Seconds from power on to the first word of `labvm.guest`; 30 without KVM on two idle processors."""
