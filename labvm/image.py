@@ -29,7 +29,7 @@ from labvm.tree import TREE
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 """The Python of each release that can be booted."""
 PACKAGES = (
-    "apparmor", "dbus", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "procps", "python3", "python3-venv",
+    "apparmor", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "procps", "python3", "python3-venv",
     "quota", "systemd", "systemd-sysv", "udev",
 )  # fmt: skip
 UNUSED_DAYS = 14
@@ -226,8 +226,9 @@ def wheelhouse(cache: Path, release: str, wanted: list[str]) -> Wheelhouse:
                 python, wheels = str(shop / "venv/bin/python"), shop / "house/wheels"
                 _run(
                     shop,
-                    [python, "-m", "pip", "download", "--quiet", "--dest", str(wheels), "--only-binary=:all:"],
-                    ["--implementation=cp", "--python-version", PYTHONS[release], *wanted],
+                    # A killed pip leaves its scratch files behind.
+                    ["env", f"TMPDIR={shop}", python, "-m", "pip", "download", "--quiet", "--dest", str(wheels)],
+                    ["--only-binary=:all:", "--implementation=cp", "--python-version", PYTHONS[release], *wanted],
                 )
                 size = sum(wheel.stat().st_size for wheel in wheels.iterdir()) * 5 // 4 + (8 << 20)
                 _run(
