@@ -247,9 +247,12 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-def mount_setattr(fd: int, set_: int = 0, clear: int = 0, userns_fd: int = 0) -> None:
-    """Change attributes of the mount `fd` is (mount_setattr(2)); with MOUNT_ATTR_IDMAP, map it by `userns_fd`."""
-    attr = _MountAttr(set_, clear, 0, userns_fd)
+def mount_setattr(fd: int, set_: int = 0, clear: int = 0, userns_fd: int = 0, propagation: int = 0) -> None:
+    """Change attributes of the mount `fd` is (mount_setattr(2)); with MOUNT_ATTR_IDMAP, map it by `userns_fd`.
+
+    `propagation`: MS_PRIVATE or its like; 0 leaves it as it is.
+    """
+    attr = _MountAttr(set_, clear, propagation, userns_fd)
     size = ctypes.sizeof(attr)
     pointer = ctypes.addressof(attr)
     _check(_mount_setattr(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, pointer, size), "mount_setattr")

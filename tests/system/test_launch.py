@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, alive, until
+from tests.system.netns import run
 
 LIST_FIELDS = {
     "name", "tenant", "status", "init_pid", "ipv4", "ipv6", "image", "created_at", "limits", "usage",
@@ -159,6 +161,18 @@ def test_two_launches_at_once_build_once(new_instance: Callable[[], Instance]) -
     (image,) = instance.json("image", "list")
     assert image["jails"] == 2
     assert sorted(row["name"] for row in instance.json("list")) == ["one", "two"]
+
+
+def test_a_build_on_a_host_whose_mounts_are_shared(new_instance: Callable[[], Instance]) -> None:
+    """As systemd makes them; pivot_root(2) takes no shared mount, and a build's root is a clone of one."""
+    instance = new_instance()
+    instance("launch", "busybox", "first")
+    folder = Path(instance.root.etc, "templates", "steps")
+    folder.mkdir(parents=True)
+    step = '[[run]]\ncommand = ["/bin/sh", "-c", "mount -t tmpfs tmpfs /mnt"]\n'
+    (folder / "template.toml").write_text(f'description = "x"\nmethod = "busybox"\nreleases = ["one"]\n\n{step}')
+    run("mount", "--make-shared", instance.root.pool)
+    instance("template", "build", "steps")
 
 
 def test_two_instances_never_meet(jm: Instance, new_instance: Callable[[], Instance], busybox_jail: MakeJail) -> None:
