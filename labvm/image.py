@@ -29,8 +29,8 @@ from labvm.tree import TREE
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 """The Python of each release that can be booted."""
 PACKAGES = (
-    "apparmor", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "procps", "python3", "python3-venv",
-    "quota", "systemd", "systemd-sysv", "udev",
+    "apparmor", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "procps", "python3",
+    "python3-venv", "quota", "systemd", "systemd-sysv", "udev",
 )  # fmt: skip
 UNUSED_DAYS = 14
 """What no run has asked for since goes with the next build."""

@@ -37,8 +37,8 @@ NOTIFY = "/run/host/notify"
 def idmap(path: str, userns_fd: int, read_only: bool) -> int:
     """A detached mount of `path` whose owners, 0-based on disk, are mapped by the jail's user namespace.
 
-    Called in the host's user namespace (mount_setattr(2), MOUNT_ATTR_IDMAP). A clone of a shared mount, as systemd makes
-    all of a host's, would pass on what is mounted on it, and pivot_root(2) takes none.
+    Called in the host's user namespace (mount_setattr(2), MOUNT_ATTR_IDMAP). A clone of a shared mount, as systemd
+    makes all of a host's, would pass on what is mounted on it, and pivot_root(2) takes none.
     """
     fd = kernel.open_tree(path)
     try:
