@@ -138,12 +138,17 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 CONFIG: dict[str, Key] = {
-    "boot.autostart": Key(_bool, True, "Start the jail when the engine first starts after the host has booted."),
+    "boot.autostart": Key(
+        _bool, True, "Start the jail after the host has booted; where it isn't set, if it ran when the host went down."
+    ),
     "boot.autostart.delay": Key(
         _whole(0, 3600), True, "Seconds to wait after this jail's start before the next one's."
     ),
     "boot.autostart.priority": Key(_whole(0, 1_000_000), True, "Order of starting; the highest first."),
     "boot.host_shutdown_timeout": Key(_whole(0, 86400), True, "Seconds init has to stop before it is killed."),
+    "boot.stop.priority": Key(
+        _whole(0, 1_000_000), True, "Order of stopping when the host goes down; the highest first."
+    ),
     "limits.cpu": Key(_whole(1, 4096), True, "Number of CPUs' worth of time."),
     "limits.cpu.allowance": Key(
         _allowance, True, "Share of CPU time: `25ms/100ms` is a hard limit, `50%` a weight under load."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import sys
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict, from_os
@@ -19,12 +18,8 @@ if TYPE_CHECKING:
 
 ANSWER_WITHIN = 120.0
 """Seconds the engine has to answer a request: a request may wait for the jail's lock."""
-START_WITHIN = 120.0
-"""Seconds a new engine has until it serves: it first mends what a crash left."""
 BODY_MAX = 256 * 1024 * 1024
 HEAD_MAX = 64 * 1024
-
-_ENGINE = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jailmgr.engine.main import main; sys.exit(main())"
 
 
 class Connection:
@@ -150,102 +145,12 @@ def ensure_engine(root: Root) -> Connection:
         fcntl.flock(lock, fcntl.LOCK_EX)
         connection = connect(root)
         if connection is None:
-            _start_engine(root)
+            from jailmgr.cli.engine_start import start_engine
+
+            start_engine(root)
             connection = connect(root)
     finally:
         os.close(lock)
     if connection is None:
         raise lost(root, "it ended at once")
     return connection
-
-
-def engine_environment(root: Root) -> dict[str, str]:
-    """The environment of an engine for `root`: the caller's, with the root it is to serve."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("JAILMGR_ROOT", "JAILMGR_TENANT")}
-    if root.at:
-        environment["JAILMGR_ROOT"] = root.at
-    environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    return environment
-
-
-def engine_argv() -> list[str]:
-    """The engine's own process: without Typer, and deaf to the current directory and PYTHON* variables (-I)."""
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return [sys.executable, "-I", "-c", _ENGINE, package]
-
-
-def _start_engine(root: Root) -> None:
-    """Start an engine in a session of its own and return when it serves (it writes to JAILMGR_READY_FD)."""
-    ready, told = os.pipe()
-    environment = engine_environment(root) | {"JAILMGR_READY_FD": str(told)}
-    log = os.open(f"{root.run}/engine.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        child = os.fork()
-        if child == 0:
-            _become_engine(environment, log, told)
-        os.close(told)
-        answer = _read_ready(root, ready)
-    finally:
-        os.close(ready)
-        os.close(log)
-    if not answer:
-        raise JailmgrError(
-            "starting the engine", _last_line(f"{root.run}/engine.log"), f"See {root.run}/engine.log.", "unavailable"
-        )
-    if answer.lstrip().startswith(b"{"):
-        failure = compact_json.loads(answer)
-        if failure.get("what"):
-            raise from_dict(failure)
-
-
-def _become_engine(environment: dict[str, str], log: int, told: int) -> None:
-    """In the forked child: never returns."""
-    import signal
-
-    try:
-        os.setsid()
-        os.chdir("/")
-        os.umask(0o022)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        null = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.set_inheritable(told, True)
-        os.closerange(3, told)
-        os.closerange(told + 1, os.sysconf("SC_OPEN_MAX"))
-        argv = engine_argv()
-        os.execve(argv[0], argv, environment)
-    finally:
-        os._exit(127)
-
-
-def _read_ready(root: Root, ready: int) -> bytes:
-    """The line that the engine writes when it serves or has failed; nothing where it died."""
-    import select
-    import time
-
-    deadline, answer = time.monotonic() + START_WITHIN, b""
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([ready], [], [], left)[0]:
-            raise JailmgrError(
-                "starting the engine",
-                f"it was not ready within {START_WITHIN:.0f} s",
-                f"See {root.run}/engine.log.",
-                "unavailable",
-            )
-        part = os.read(ready, 65536)
-        answer += part
-        if not part or b"\n" in part:
-            return answer
-
-
-def _last_line(path: str) -> str:
-    """The last line of a log, for an error's sake."""
-    with open(path, "rb") as log:
-        log.seek(max(0, os.fstat(log.fileno()).st_size - 4096))
-        lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it ended without a word"

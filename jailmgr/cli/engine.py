@@ -1,4 +1,4 @@
-"""engine run, status, stop."""
+"""engine run, status, stop; autostart and shutdown, for the host's own boot and end."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 
 import typer
 
-from jailmgr.cli.client import connect, engine_argv, engine_environment
+from jailmgr.cli.actions import Failures
+from jailmgr.cli.client import connect, ensure_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.layout import local_time
 from jailmgr.cli.output import fields, remark, show
 from jailmgr.cli.settings import Settings
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.state import engine_runs
 
 STOP_WITHIN = 60.0
 """Seconds an engine has to end what it is doing."""
+AUTOSTART_WITHIN = 3600.0
+"""Seconds that all jails together have to start."""
 
 
 def add(app: typer.Typer) -> None:
@@ -25,10 +29,14 @@ def add(app: typer.Typer) -> None:
     command(app, example="jailmgr engine run")(run)
     command(app, example="jailmgr engine status --format json")(status)
     command(app, example="jailmgr engine stop")(stop)
+    command(app, example="jailmgr engine autostart")(autostart)
+    command(app, example="jailmgr engine shutdown")(shutdown)
 
 
 def run(settings: Settings) -> int:
     """Run the engine in the foreground, for systemd(1) and the like. Refused where one runs already."""
+    from jailmgr.cli.engine_start import engine_argv, engine_environment
+
     environment = engine_environment(settings.root)
     os.execve(engine_argv()[0], engine_argv(), environment)
 
@@ -48,7 +56,8 @@ def status(settings: Settings) -> int:
 
 
 def _look(settings: Settings) -> dict[str, Any]:
-    connection = connect(settings.root)
+    # A socket of systemd's takes connections without an engine, and starts one.
+    connection = connect(settings.root) if engine_runs(settings.root) else None
     if connection is None:
         return {}
     server = connection.call("GET", "/1.0", within=10.0)
@@ -79,6 +88,27 @@ def stop(settings: Settings) -> int:
     else:
         _end(int(about["pid"]), settings)
     show(settings, {"running": False}, lambda: "")
+    return 0
+
+
+def autostart(settings: Settings) -> int:
+    """Start the jails that start with the host and don't run; done by itself when the engine first starts after a boot.
+
+    They are those with boot.autostart, and where that isn't set those that ran when the host went down.
+    """
+    ensure_engine(settings.root).call("POST", "/internal/autostart", within=AUTOSTART_WITHIN)
+    return 0
+
+
+def shutdown(settings: Settings) -> int:
+    """Stop all jails of all tenants in the order of boot.stop.priority, before the host goes down. Needs no engine.
+
+    They run again after its next boot, as do those that a power cut ends.
+    """
+    from jailmgr.manager.boot import shut_down
+
+    if failed := shut_down(settings.root):
+        raise Failures(failed, len(failed))
     return 0
 
 

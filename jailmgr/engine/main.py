@@ -20,6 +20,7 @@ from contextlib import ExitStack
 
 from jailmgr import __version__
 from jailmgr.config import Root, find_root
+from jailmgr.engine import systemd
 from jailmgr.errors import JailmgrError, from_os
 
 READY_FD = "JAILMGR_READY_FD"
@@ -32,22 +33,25 @@ PREDECESSOR_SECONDS = 60.0
 
 
 def main() -> int:
-    """The process that a command starts in the background; its exit status."""
-    ready = _ready_fd()
+    """The process that a command or systemd starts; its exit status."""
+    ready, listening, told = _ready_fd(), systemd.take_socket(), systemd.take_notify()
     try:
-        run(find_root(), ready)
+        run(find_root(), ready, listening, told)
     except JailmgrError as error:
         print(f"Error: {error}\nHint: {error.hint}" if error.hint else f"Error: {error}", file=sys.stderr)
         _tell(ready, error.as_dict())
+        if listening is not None:
+            _refuse(listening, error)
         return 1
     return 0
 
 
-def run(root: Root, ready: int | None = None) -> None:
+def run(root: Root, ready: int | None = None, listening: socket.socket | None = None, told: str = "") -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP.
 
-    `ready`: see READY_FD; with it the log goes to run/engine.log, without it to stderr. Raises JailmgrError: `denied`
-    where we aren't root, `conflict` where another engine serves this root, or what the manager can't start with.
+    `ready`: see READY_FD; with it the log goes to run/engine.log, without it to stderr. `listening` is the socket to
+    serve, and `told` where to say that we do, where systemd gave them to us. Raises JailmgrError: `denied` where we
+    aren't root, `conflict` where another engine serves this root, or what the manager can't start with.
     """
     if os.geteuid() != 0:
         raise JailmgrError("engine", "it makes namespaces and mounts, which only root may", "Run it as root.", "denied")
@@ -57,7 +61,7 @@ def run(root: Root, ready: int | None = None) -> None:
             os.makedirs(root.run, mode=0o700, exist_ok=True)
             if ready is None:
                 fcntl.flock(_open_lock(f"{root.run}/engine.starting", starting), fcntl.LOCK_EX)
-            _become_the_one(root, held)
+            _become_the_one(root, held, alone=listening is not None)
             _raise_descriptor_limit()
             _share_one_heap()
         except OSError as error:
@@ -72,23 +76,27 @@ def run(root: Root, ready: int | None = None) -> None:
         def serves() -> None:
             _describe(root, held)
             _tell(ready, {"ready": True, "pid": os.getpid()})
+            systemd.notify(told, "READY=1")
             starting.close()
 
-        serve(root, serves)
+        serve(root, serves, listening)
 
 
-def _become_the_one(root: Root, held: ExitStack) -> None:
-    """Take `engine.lock`, put our pid into it. One that is ending is waited for, one that serves is `conflict`."""
+def _become_the_one(root: Root, held: ExitStack, alone: bool) -> None:
+    """Take `engine.lock`, put our pid into it. One that is ending is waited for, one that serves is `conflict`.
+
+    `alone`: who answers at the socket is nobody but us.
+    """
     lock = _open_lock(f"{root.run}/engine.lock", held)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        _wait_for_lock(root, lock)
+        _wait_for_lock(root, lock, alone)
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
 
 
-def _wait_for_lock(root: Root, lock: int) -> None:
+def _wait_for_lock(root: Root, lock: int, alone: bool) -> None:
     taken = threading.Event()
 
     def take() -> None:
@@ -101,7 +109,7 @@ def _wait_for_lock(root: Root, lock: int) -> None:
     while not taken.wait(pause):
         pause = 1.0
         pid = os.pread(lock, 20, 0).decode(errors="replace") or "?"
-        if _answers(root):
+        if not alone and _answers(root):
             raise JailmgrError(
                 f"engine at {root.socket}",
                 f"another engine (pid {pid}) serves it",
@@ -153,6 +161,27 @@ def _describe(root: Root, held: ExitStack) -> None:
         json.dump(content, file)
     os.replace(f"{path}.new", path)
     held.callback(os.unlink, path)
+
+
+def _refuse(listening: socket.socket, error: JailmgrError) -> None:
+    """Answer who waits at the socket with why there is no engine; systemd would let them wait, and start us again."""
+    from jailmgr.engine.answers import error_content
+
+    body = json.dumps(error_content(error)).encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    listening.setblocking(False)
+    while True:
+        try:
+            waiting, _ = listening.accept()
+        except BlockingIOError:
+            return
+        with waiting:
+            waiting.settimeout(1.0)
+            try:
+                waiting.recv(65536)
+                waiting.sendall(head.encode() + body)
+            except OSError:
+                continue
 
 
 def _ready_fd() -> int | None:

@@ -30,14 +30,15 @@ THREADS = 32
 log = logging.getLogger(__name__)
 
 
-def serve(root: Root, serves: Callable[[], None]) -> None:
+def serve(root: Root, serves: Callable[[], None], listening: socket.socket | None = None) -> None:
     """Open the manager, call `serves` once requests are answered, return after a signal when all is put away.
 
-    The caller holds `engine.lock`. Raises JailmgrError where the manager can't be opened.
+    `listening`: a socket that others made and keep; else one is made. The caller holds `engine.lock`. Raises
+    JailmgrError where the manager can't be opened.
     """
     manager = Manager(root)
     manager.open()
-    if asyncio.run(_serve(root, manager, serves)):
+    if asyncio.run(_serve(root, manager, serves, listening)):
         manager.close()
         log.info("engine ended")
     else:
@@ -48,7 +49,7 @@ def serve(root: Root, serves: Callable[[], None]) -> None:
         os._exit(0)
 
 
-async def _serve(root: Root, manager: Manager, serves: Callable[[], None]) -> bool:
+async def _serve(root: Root, manager: Manager, serves: Callable[[], None], listening: socket.socket | None) -> bool:
     """True when nobody works with the manager any more."""
     threads = ThreadPoolExecutor(THREADS, "request")
     operations = Operations()
@@ -58,14 +59,15 @@ async def _serve(root: Root, manager: Manager, serves: Callable[[], None]) -> bo
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
 
-    serving = asyncio.create_task(server.serve([listen(root)]))
+    serving = asyncio.create_task(server.serve([listening or listen(root)]))
     stopped = asyncio.create_task(stop.wait())
     log.info("engine serves %s, pid %d", root.socket, os.getpid())
     await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
     log.info("engine stops")
     # Who has connected by now is still served; who finds no socket starts the next engine, which waits for our lock.
-    with suppress(FileNotFoundError):
-        os.unlink(root.socket)
+    if listening is None:
+        with suppress(FileNotFoundError):
+            os.unlink(root.socket)
     idle = await operations.close(GRACE_SECONDS)
     server.leave.set()
     await serving

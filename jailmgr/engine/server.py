@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from jailmgr import __version__
 from jailmgr.engine.answers import done
-from jailmgr.engine.requests import engine_of
+from jailmgr.engine.requests import call, engine_of
+from jailmgr.manager.boot import start_wanted
 from jailmgr.manager.view import rfc3339
 
 
@@ -43,3 +44,9 @@ async def show(request: Request) -> Response:
             "socket": engine.root.socket,
         }
     )
+
+
+async def autostart(request: Request) -> Response:
+    """POST /internal/autostart: answered when all jails that start with the host have been started."""
+    await call(request, start_wanted)
+    return done(None)

@@ -63,6 +63,8 @@ class Manager:
         """Over bridges, nftables and DNS, which are changed by reading and writing back."""
         self.image_lock = threading.Lock()
         """Over the choice of an image and its removal."""
+        self.boot_lock = threading.Lock()
+        """Over the start of what starts with the host."""
         self.buildings: dict[str, Building] = {}
         self.networks_up: set[int] = set()
         self.claimed: set[str] = set()

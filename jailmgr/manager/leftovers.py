@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from jailmgr.config import Root
 from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.network import bridge, dns, firewall
 from jailmgr.runtime import cgroups, netlink
-from jailmgr.runtime.state import load_state, read_state, remove_state, running_jails
+from jailmgr.runtime.state import engine_runs, load_state, read_state, remove_state, running_jails
 from jailmgr.storage.pool import open_pool
 from jailmgr.storage.volume import delete_volume, list_builds, list_volumes
 from jailmgr.store import READY, Store
@@ -25,21 +24,6 @@ class Leftover(msgspec.Struct, frozen=True):
 
     what: str
     remove: Callable[[], object] | None = None
-
-
-def engine_runs(root: Root) -> bool:
-    """Whether an engine holds its lock."""
-    try:
-        fd = os.open(f"{root.run}/engine.lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def find_leftovers(root: Root) -> list[Leftover]:

@@ -15,18 +15,15 @@ from functools import partial
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
-from jailmgr.keys import parse_bool
 from jailmgr.manager import networks
 from jailmgr.manager.builder import builds_left, remove_build
 from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
-from jailmgr.manager.start import boot
 from jailmgr.manager.view import running
-from jailmgr.model import Jail
 from jailmgr.runtime import attach, cgroups
-from jailmgr.runtime.state import host_boot_id, running_jails, supervisor_process
+from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.store import READY, RENAMING
 
 log = logging.getLogger(__name__)
@@ -36,21 +33,21 @@ def reconcile(m: Manager) -> None:
     """Bring what is there and what the store says together. One thing that fails is logged, and the rest goes on."""
     _claim_again(m)
     if os.path.exists(m.root.pool_file):
-        _attempt("the pool", lambda: m.pool)
+        attempt("the pool", lambda: m.pool)
     if m.pool_if_open is not None:
-        _attempt("builds", partial(_remove_builds, m))
-        _attempt("images", partial(_compare_images, m))
+        attempt("builds", partial(_remove_builds, m))
+        attempt("images", partial(_compare_images, m))
     for row in m.store.rows():
         if row.state == RENAMING:
-            _attempt(f"renaming {row.jail.name}", partial(finish_rename, m, row))
+            attempt(f"renaming {row.jail.name}", partial(finish_rename, m, row))
         elif row.state != READY:
-            _attempt(f"deleting {row.jail.name}", partial(finish_delete, m, row.jail, row.next))
+            attempt(f"deleting {row.jail.name}", partial(finish_delete, m, row.jail, row.next))
     alive = [jail for jail in m.store.jails() if running(m, jail)]
     for jail in alive:
-        _attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
+        attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in m.store.jails() if jail.name in running_jails(m.root, jail.tenant)}:
-        _attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
+        attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
 
 
 def take_down(m: Manager) -> None:
@@ -65,29 +62,8 @@ def take_down(m: Manager) -> None:
         rest.callback(networks.take_down, m)
 
 
-def autostart(m: Manager, wait: Callable[[float], bool]) -> None:
-    """Start the jails with `boot.autostart`, once after each boot of the host, the highest priority first.
-
-    `wait` waits some seconds and tells whether to stop.
-    """
-    boot_id = host_boot_id()
-    if m.store.fact("boot_id") == boot_id:
-        return
-    m.store.set_fact("boot_id", boot_id)
-    wanted = [jail for jail in m.store.jails() if parse_bool(jail.config.get("boot.autostart", "false"))]
-    for jail in sorted(wanted, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
-        _attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
-        if wait(float(jail.config.get("boot.autostart.delay", 0))):
-            return
-
-
-def _start_if_stopped(m: Manager, jail: Jail) -> None:
-    with m.jail(jail.tenant, jail.name) as now:
-        if not running(m, now):
-            boot(m, now)
-
-
-def _attempt(what: str, do: Callable[[], object]) -> None:
+def attempt(what: str, do: Callable[[], object]) -> None:
+    """Do it; what can be expected to fail there is logged as an error of `what`."""
     try:
         do()
     except (JailmgrError, OSError) as error:
@@ -105,9 +81,9 @@ def _watch_over(m: Manager, tenant: str) -> None:
 def _claim_again(m: Manager) -> None:
     """Claims are kept in /run. What is in use is claimed anew after a loss; what isn't, at the next start of a jail."""
     for tenant in m.store.tenants():
-        _attempt(f"the uid of {tenant.name}", partial(claim_uid, m, tenant.name))
+        attempt(f"the uid of {tenant.name}", partial(claim_uid, m, tenant.name))
     for network in m.store.networks():
-        _attempt(f"the subnet of {network.name}", partial(networks.claim, m, network))
+        attempt(f"the subnet of {network.name}", partial(networks.claim, m, network))
 
 
 def _remove_builds(m: Manager) -> None:

@@ -56,14 +56,18 @@ class Watcher:
 
     def start(self) -> None:
         """Begin, and start the jails that want it after a boot of the host."""
-        from jailmgr.manager.reconcile import autostart
+        from jailmgr.manager.boot import autostart
 
         self._threads = [
             threading.Thread(target=self._run, name="watch", daemon=True),
-            threading.Thread(target=autostart, args=(self._m, self._stopping.wait), name="autostart", daemon=True),
+            threading.Thread(target=autostart, args=(self._m,), name="autostart", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait so long, or until `stop`; whether it was that."""
+        return self._stopping.wait(seconds)
 
     def stop(self) -> None:
         """End, and wait for what is being done. Idempotent."""

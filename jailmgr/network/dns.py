@@ -23,6 +23,7 @@ from jailmgr.claims import locked
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.model import Network
+from jailmgr.runtime import scope
 from jailmgr.runtime.mount_namespace import enter_own
 from jailmgr.runtime.syscalls import move_mount, open_tree
 
@@ -55,6 +56,11 @@ def ensure_dns(root: Root, network: Network, names: dict[str, tuple[str, str]]) 
                 if running is not None:
                     _end(running[0])
             _start(place, network)
+            # It outlives the engine, and so it is in no group of a service's.
+            pid = int((place / "pid").read_text())
+            scope.move_apart(
+                f"{root.cgroup}-dns-{network.id}.scope", f"Names of jails, for network {network.name}", pid
+            )
     except OSError as error:
         raise from_os(f"DNS of network {network.name}", error) from error
 

@@ -14,7 +14,7 @@ from jailmgr.runtime.jail import Host, Jail
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.proc import Process, open_process
 from jailmgr.runtime.pty import check_master, open_pty
-from jailmgr.runtime.state import LAST, load_state, remove_state
+from jailmgr.runtime.state import LAST, load_state, remove_state, set_runs
 
 CONSOLE_SECONDS = 5.0
 
@@ -47,7 +47,11 @@ def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     if pidfd is None:
         write_json(f"{state.lib}/{LAST}", {"kind": "unknown", "at": time(), "by": "host", "status": 0})
         jail.clear()
-        if jail.bundle.restart != "no" and state.boot_id == host.boot_id:
+        if state.boot_id != host.boot_id:
+            return
+        if jail.bundle.restart == "no":
+            set_runs(state.lib, False)
+        else:
             jails[name] = jail
             jail.start_later(state.restarts + 1)
         return

@@ -85,12 +85,16 @@ class Supervisor:
         state: dict[str, Any] = self.ask("start", jail=jail, lib=lib, wait=wait, timeout=timeout).body["state"]
         return state
 
-    def stop(self, jail: str, timeout: float = 30.0, force: bool = False, signal: str = "") -> dict[str, Any]:
+    def stop(
+        self, jail: str, timeout: float = 30.0, force: bool = False, signal: str = "", by: str = "admin"
+    ) -> dict[str, Any]:
         """Stop a jail, and wait until nothing of it is left: how it ended (model.Ending).
 
         `signal`: the bundle's when empty. After `timeout` seconds, or at once with `force`, it is killed.
+        `by`: `admin`, or `host`: it is to run again when that is up again.
         """
-        last: dict[str, Any] = self.ask("stop", jail=jail, signal=signal, timeout=timeout, force=force).body["last"]
+        asked = self.ask("stop", jail=jail, signal=signal, timeout=timeout, force=force, by=by)
+        last: dict[str, Any] = asked.body["last"]
         return last
 
     def _lost(self) -> JailmgrError:

@@ -20,7 +20,7 @@ from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Loop, Timer
 from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.proc import start_time
-from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, write_state
+from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, set_runs, write_state
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAP_SECONDS = 2.0
@@ -136,6 +136,7 @@ class Jail:
             self.host.changed(self)
             raise
         self.pidfd = spawned.pidfd
+        self._note_runs(True)
         self._watch(spawned.console, spawned.notify)
         self.host.changed(self)
 
@@ -177,17 +178,20 @@ class Jail:
             for waiter in waiting:
                 waiter()
 
-    def stop(self, by_signal: str, timeout: float, force: bool) -> None:
-        """Ask init to end, and kill the jail when it hasn't after `timeout` seconds; at once with `force`."""
+    def stop(self, by_signal: str, timeout: float, force: bool, by: str = "admin") -> None:
+        """Ask init to end, and kill the jail when it hasn't after `timeout` seconds; at once with `force`.
+
+        `by`: `admin`, or `host` where that goes down.
+        """
         if self._start_timer is not None:
             self._start_timer.cancel()
-            self._start_timer = None
-            self._settle({"kind": "exit", "at": time(), "by": "admin", "status": 0}, final=True)
+            self._start_timer, self._stopping = None, by
+            self._settle({"kind": "exit", "at": time(), "by": by, "status": 0}, final=True)
             return
         if not self.running:
             return
         number = signal_number(by_signal)
-        self._stopping = "admin"
+        self._stopping = by
         if self._kill_timer is not None:
             self._kill_timer.cancel()
             self._kill_timer = None
@@ -277,9 +281,20 @@ class Jail:
         except OSError as error:
             self.log.note(f"could not write down how it ended: {error}")
 
+    def _note_runs(self, runs: bool) -> None:
+        """For the host's next boot; as `_note_last`, it is not worth a failure."""
+        if self.once:
+            return
+        try:
+            set_runs(self.lib, runs)
+        except OSError as error:
+            self.log.note(f"could not write down that it {'runs' if runs else 'has ended'}: {error}")
+
     def _settle(self, ending: dict[str, Any], final: bool) -> None:
         if self._visit is None:
             self._note_last(ending)
+        if final and self._stopping != "host":
+            self._note_runs(False)
         waiting, self.waiters = self.waiters, []
         for waiter in waiting:
             waiter(ending)

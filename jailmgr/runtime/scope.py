@@ -15,6 +15,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.runtime.cgroup_hierarchies import SLICE, SYSTEMD, discover, relative, write
 
 _LEAF = ".supervisors"
+"""Leaf of the scope for those who make its other groups: a group with processes can't give controllers on."""
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -37,6 +38,34 @@ def begin(root_name: str, argv: list[str]) -> list[str]:
     properties = ["Delegate=yes", "Description=Jails of jailmgr", "Before=jailmgr-autostart.service"]
     options = ["--scope", "--quiet", "--collect", f"--unit={root_name}.scope", f"--slice={SLICE}"]
     return [program, *options, *(f"--property={text}" for text in properties), "--", *argv]
+
+
+def begin_apart(description: str, argv: list[str]) -> list[str]:
+    """`argv`, to be run so that it begins in a scope of its own, outside of the session or service we are in.
+
+    The same where the host has no systemd, or no systemd-run.
+    """
+    program = shutil.which("systemd-run", path=_PATH) if SYSTEMD else None
+    if program is None:
+        return argv
+    options = ["--scope", "--quiet", "--collect", f"--slice={SLICE}", f"--description={description}"]
+    return [program, *options, "--", *argv]
+
+
+def move_apart(unit: str, description: str, pid: int) -> None:
+    """Move a process that runs into a scope of its own (org.freedesktop.systemd1(5), StartTransientUnit).
+
+    Nothing is done without systemd; the process stays where it is where systemd won't.
+    """
+    program = shutil.which("busctl", path=_PATH) if SYSTEMD else None
+    if program is None:
+        return
+    manager = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
+    properties = ["PIDs", "au", "1", str(pid), "Slice", "s", SLICE, "Description", "s", description]
+    properties += ["CollectMode", "s", "inactive-or-failed"]
+    argv = [program, "--quiet", "call", *manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", "4"]
+    child = os.posix_spawn(program, [*argv, *properties, "0"], {"PATH": _PATH})
+    os.waitpid(child, 0)
 
 
 def enter(scope: str) -> None:

@@ -245,7 +245,8 @@ class Session:
             raise JailmgrError(f"jail {body['jail']}", "is not running", "", "conflict")
         jail.waiters.append(lambda ending: self.tell({"last": ending}))
         number = body.get("signal") or jail.bundle.stop_signal
-        jail.stop(number, float(body.get("timeout", 30)), bool(body.get("force")))
+        by = "host" if body.get("by") == "host" else "admin"
+        jail.stop(number, float(body.get("timeout", 30)), bool(body.get("force")), by)
 
     def _run(self, body: dict[str, Any], fds: list[int]) -> None:
         """A jail for one program, with the caller's pipes; it is killed when the caller goes."""

@@ -5,6 +5,7 @@ RUN/tenants/TENANT/JAIL.json exists while the jail runs, LIB/jails/TENANT/JAIL/l
 
 from __future__ import annotations
 
+import fcntl
 import os
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jailmgr.runtime.proc import Process, start_time
 
 VERSION = 1
 LAST = "last.json"
+RUNS = "runs"
+"""An empty file beside it from the jail's start to an end that isn't the host's: it is to run again after a boot."""
 LOCK = "supervisor.lock"
 SUPERVISOR_LOG = "supervisor.log"
 
@@ -78,6 +81,22 @@ def read_state(root: Root, tenant: str, jail: str) -> State | None:
     return None
 
 
+def set_runs(lib: str, runs: bool) -> None:
+    """Note that the jail with this directory runs, or that it has ended for good. Raises OSError."""
+    if runs:
+        os.close(os.open(f"{lib}/{RUNS}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        return
+    try:
+        os.unlink(f"{lib}/{RUNS}")
+    except FileNotFoundError:
+        pass
+
+
+def ran(root: Root, tenant: str, jail: str) -> bool:
+    """Whether the jail runs, or ran until the host went down."""
+    return os.path.exists(f"{root.jail_lib(tenant, jail)}/{RUNS}")
+
+
 def running_jails(root: Root, tenant: str) -> list[str]:
     """Names of the jails with a state file: one directory read, however many are stopped."""
     try:
@@ -99,3 +118,18 @@ def supervisor_process(root: Root, tenant: str) -> Process | None:
         return None
     process = Process(int(content.get("pid", 0)), int(content.get("starttime", -1)))
     return process if start_time(process.pid) == process.starttime else None
+
+
+def engine_runs(root: Root) -> bool:
+    """Whether an engine holds its lock."""
+    try:
+        fd = os.open(f"{root.run}/engine.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

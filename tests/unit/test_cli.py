@@ -128,7 +128,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("JAILMGR_ROOT", str(tmp_path / "r"))
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
-    monkeypatch.setattr("jailmgr.cli.client._start_engine", refuse)
+    monkeypatch.setattr("jailmgr.cli.engine_start.start_engine", refuse)
     monkeypatch.setattr("os.geteuid", lambda: 0)
     return tmp_path / "r"
 

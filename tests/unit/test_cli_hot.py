@@ -115,7 +115,7 @@ class Typed:
         monkeypatch.setattr("jailmgr.cli.command.require_root", lambda: None)
         monkeypatch.setenv("JAILMGR_ROOT", "/nonexistent/jailmgr-test")
         monkeypatch.setattr("jailmgr.cli.client.connect", no_engine)
-        monkeypatch.setattr("jailmgr.cli.client._start_engine", no_engine)
+        monkeypatch.setattr("jailmgr.cli.engine_start.start_engine", no_engine)
 
     def _listener(self, name: str) -> Any:
         def listen(settings: Any, *args: Any, **kwargs: Any) -> int:

@@ -1,0 +1,105 @@
+"""The host comes up and goes down: which jails start then, and how all are stopped in order."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import Config, parse_bool
+from jailmgr.manager.host import BUILD_TENANT, Manager
+from jailmgr.manager.reconcile import attempt
+from jailmgr.manager.start import boot
+from jailmgr.manager.view import running
+from jailmgr.model import Jail
+from jailmgr.runtime import attach
+from jailmgr.runtime.bundle import load_bundle
+from jailmgr.runtime.state import host_boot_id, ran, running_jails
+from jailmgr.store import Store
+
+
+def autostart(m: Manager) -> None:
+    """Start the jails that want it, once after each boot of the host: what every first engine does."""
+    with m.boot_lock:
+        boot_id = host_boot_id()
+        if m.store.fact("boot_id") != boot_id:
+            _start_wanted(m)
+            m.store.set_fact("boot_id", boot_id)
+
+
+def start_wanted(m: Manager) -> None:
+    """The same whenever it is asked for, and returns when all have been started."""
+    with m.boot_lock:
+        _start_wanted(m)
+        m.store.set_fact("boot_id", host_boot_id())
+
+
+def _start_wanted(m: Manager) -> None:
+    """Those with `boot.autostart`, and where that isn't set those that ran when the host went down; by priority."""
+    wanted = [jail for jail in m.store.jails() if _wanted(m.root, jail)]
+    for jail in sorted(wanted, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
+        attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
+        if m.watcher is None or m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
+            return
+
+
+def _wanted(root: Root, jail: Jail) -> bool:
+    told = jail.config.get("boot.autostart")
+    return ran(root, jail.tenant, jail.name) if told is None else parse_bool(told)
+
+
+def _start_if_stopped(m: Manager, jail: Jail) -> None:
+    with m.jail(jail.tenant, jail.name) as now:
+        if not running(m, now):
+            boot(m, now)
+
+
+def shut_down(root: Root) -> list[JailmgrError]:
+    """Stop every jail that runs, those of the highest `boot.stop.priority` first and those of one at a time together.
+
+    By their supervisors, with no engine: when a host goes down, none may be started any more. What runs now is started
+    again after the boot. Gives what could not be stopped, after which the rest was. Raises JailmgrError where the store
+    can't be read.
+    """
+    configs = _configs(root)
+    alive = [(tenant, jail) for tenant in _tenants(root) for jail in running_jails(root, tenant)]
+    order = {jail: -int(configs.get(jail, {}).get("boot.stop.priority", 0)) for jail in alive}
+    failed: list[JailmgrError] = []
+    for _, together in groupby(sorted(alive, key=order.__getitem__), key=order.__getitem__):
+        jails = list(together)
+        with ThreadPoolExecutor(len(jails)) as threads:
+            ends = [threads.submit(_stop, root, tenant, jail, configs) for tenant, jail in jails]
+        failed += [error for end in ends if isinstance(error := end.exception(), JailmgrError)]
+    return failed
+
+
+def _stop(root: Root, tenant: str, jail: str, configs: dict[tuple[str, str], Config]) -> None:
+    bundle = load_bundle(root.jail_lib(tenant, jail))
+    timeout = float(configs.get((tenant, jail), {}).get("boot.host_shutdown_timeout", bundle.stop_timeout))
+    with attach.connect(root, tenant) as supervisor:
+        try:
+            supervisor.stop(jail, timeout, by="host")
+        except JailmgrError as error:
+            if error.code != "conflict":
+                raise
+
+
+def _configs(root: Root) -> dict[tuple[str, str], Config]:
+    if not os.path.exists(root.store):
+        return {}
+    store = Store(root.store)
+    store.open_to_read()
+    try:
+        return {(jail.tenant, jail.name): jail.config for jail in store.jails()}
+    finally:
+        store.close()
+
+
+def _tenants(root: Root) -> list[str]:
+    try:
+        return [name for name in os.listdir(f"{root.run}/tenants") if name != BUILD_TENANT]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,58 @@
+"""The host's end and its next boot, as the units for them ask for it: which jails start, in which order all stop."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.system.conftest import MakeJail
+from tests.system.instance import Instance, alive, until
+
+
+def ended(jm: Instance, name: str) -> dict[str, Any]:
+    found = json.loads(Path(jm.root.jail_lib("default", name), "last.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_what_ran_is_started_again(jm: Instance, busybox_jail: MakeJail) -> None:
+    ran, never = busybox_jail(), busybox_jail("-c", "boot.autostart=false")
+    always = busybox_jail("-c", "boot.autostart=true", start=False)
+    stopped, off = busybox_jail(), busybox_jail()
+    jm("stop", "--force", stopped)
+    jm.sh(off, "poweroff", status=None)
+    until(lambda: jm.status(off) == "Stopped", 15, "it powers off")
+    jm("engine", "stop")
+    jm("engine", "shutdown")
+    assert not jm.json("engine", "status")["running"]
+    assert all(jail["status"] == "Stopped" for jail in jm.json("list"))
+    assert (ended(jm, ran)["by"], ended(jm, stopped)["by"]) == ("host", "admin")
+    jm("engine", "autostart")
+    status = {jail["name"]: jail["status"] for jail in jm.json("list")}
+    assert (status[ran], status[always]) == ("Running", "Running")
+    assert (status[never], status[stopped], status[off]) == ("Stopped", "Stopped", "Stopped")
+    before = jm.info(ran)["init_pid"]
+    jm("engine", "autostart")
+    assert jm.info(ran)["init_pid"] == before
+
+
+def test_all_are_stopped_in_order(jm: Instance, busybox_jail: MakeJail) -> None:
+    last = busybox_jail()
+    first = busybox_jail("-c", "boot.stop.priority=10")
+    inits = [jm.info(name)["init_pid"] for name in (last, first)]
+    jm("pause", last)
+    jm("engine", "shutdown")
+    assert not any(alive(pid) for pid in inits)
+    assert ended(jm, first)["at"] < ended(jm, last)["at"]
+    jm("engine", "shutdown")
+
+
+def test_a_stop_by_the_admin_is_remembered_when_the_supervisor_is_new(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail()
+    runs = f"{jm.root.jail_lib('default', name)}/runs"
+    assert os.path.exists(runs)
+    os.kill(jm.info(name)["supervisor_pid"], 9)
+    jm("stop", "--force", name)
+    assert not os.path.exists(runs)
