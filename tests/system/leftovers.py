@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 
 from jailmgr.config import Root
+from jailmgr.runtime.cgroup_hierarchies import relative
 from tests.system.instance import alive, kill
 
 QUIET_FILES = ("store.db", "engine.log")
@@ -64,7 +65,7 @@ def _cgroups(root: Root) -> Iterator[str]:
     with open("/proc/self/mountinfo", encoding="utf-8") as file:
         mounts = [line.split()[4] for line in file if line.split(" - ")[1].split()[0] in ("cgroup", "cgroup2")]
     for mount in mounts:
-        for directory, _, _ in os.walk(f"{mount}/{root.cgroup}"):
+        for directory, _, _ in os.walk(f"{mount}/{relative(root.cgroup)}"):
             yield f"cgroup {directory}"
 
 

@@ -21,9 +21,10 @@ import pytest
 
 from jailmgr.config import find_root
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups
-from jailmgr.runtime.cgroup_hierarchies import Hierarchies, directory, read, write
+from jailmgr.runtime import cgroups, scope
+from jailmgr.runtime.cgroup_hierarchies import SYSTEMD, Hierarchies, directory, read, relative, write
 from jailmgr.runtime.cgroups import Limits
+from tests.system.instance import until
 
 MIB = 1 << 20
 BASE = 0x7000_0000
@@ -43,6 +44,13 @@ print(made, flush=True)
 sys.stdin.read()
 """
 HOLD = "import sys; held = bytearray({size}); print('held', flush=True); sys.stdin.read()"
+SUPERVISOR = """
+import sys
+from jailmgr.runtime import scope
+scope.enter(sys.argv[1])
+print("in", flush=True)
+sys.stdin.read()
+"""
 TICK = "import os\nwhile True: os.write(1, b'.')"
 
 
@@ -94,16 +102,32 @@ def hierarchies(kind: str, path: Path) -> Hierarchies:
 def new_jail(kind: str, path: Path) -> Iterator[Jail]:
     h = hierarchies(kind, path)
     root_name = find_root(str(path)).cgroup
-    made = Jail(h, root_name)
-    try:
-        yield made
-    finally:
-        cgroups.kill(h, made.cgroup)
-        for process in made.started:
-            process.communicate()
-        cgroups.remove_root(h, root_name)
-    assert cgroups.list_groups(h, root_name) == []
-    assert not any(os.path.exists(f"{mount}/{root_name}") for mount in (*h.mounts, h.unified) if mount)
+    with supervised(root_name):
+        made = Jail(h, root_name)
+        try:
+            yield made
+        finally:
+            cgroups.kill(h, made.cgroup)
+            for process in made.started:
+                process.communicate()
+            cgroups.remove(h, made.cgroup)
+            cgroups.remove(h, made.tenant)
+            cgroups.remove_root(h, root_name)
+    gone = [f"{mount}/{relative(root_name)}" for mount in (*h.mounts, h.unified) if mount]
+    until(lambda: not any(os.path.exists(path) for path in gone), 10, gone)
+
+
+@contextmanager
+def supervised(root_name: str) -> Iterator[None]:
+    """On a host with systemd, a process in the scope that supervisors are in: the groups are only there with one."""
+    if not SYSTEMD:
+        yield
+        return
+    argv = scope.begin(root_name, [sys.executable, "-c", SUPERVISOR, scope.directory(root_name)])
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        yield
 
 
 @pytest.fixture(params=["host", "v1 alone"])

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from jailmgr.runtime.cgroup_hierarchies import relative
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, until
 
@@ -118,7 +119,7 @@ def _cpus_used(jm: Instance, name: str) -> float:
 def test_the_tenants_group_is_above_the_jails(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail()
     for controller, path in jm.info(name)["cgroups"].items():
-        assert path.removesuffix("/payload").endswith(f"/{jm.root.cgroup}/default/{name}"), controller
+        assert path.removesuffix("/payload").endswith(f"/{relative(jm.root.cgroup)}/default/{name}"), controller
 
 
 @pytest.mark.parametrize(
