@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, ip_address
 import msgspec
 
 from jailmgr.errors import JailmgrError
-from jailmgr.units import parse_allowance, parse_percent, parse_size
+from jailmgr.units import parse_allowance, parse_percent, parse_rate, parse_size
 
 Config = dict[str, str]
 Devices = dict[str, dict[str, str]]
@@ -101,6 +101,10 @@ def _allowance(text: str) -> None:
         parse_allowance(text)
 
 
+def _rate(text: str) -> None:
+    parse_rate(text)
+
+
 def _text(text: str) -> None:
     if "\0" in text or len(text) > 65536:
         raise ValueError("the value has a NUL byte or more than 65536 characters")
@@ -176,6 +180,9 @@ DEVICES: dict[str, dict[str, Key]] = {
         "path": Key(_one_of("/"), False, "Where it is mounted."),
         "pool": Key(_one_of("default"), False, "The storage pool it lies in."),
         "size": Key(_size(DISK_MIN), True, "Bytes it may take."),
+        "limits.read": Key(_rate, True, "Bytes (`20MiB`) or operations (`500iops`) a second that may be read."),
+        "limits.write": Key(_rate, True, "The same for what is written, by way of the page cache too."),
+        "limits.max": Key(_rate, True, "Both `limits.read` and `limits.write`."),
     },
     "nic": {
         "network": Key(_network, False, "The tenant's network it is attached to."),

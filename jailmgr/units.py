@@ -75,3 +75,14 @@ def parse_percent(text: str) -> int:
     if not (text.endswith("%") and text[:-1].isascii() and text[:-1].isdigit() and 1 <= int(text[:-1]) <= 100):
         raise ValueError(f"{text!r} is not a share from 1% to 100%")
     return int(text[:-1])
+
+
+def parse_rate(text: str) -> tuple[int | None, int | None]:
+    """Bytes and operations a second of LXD's `limits.read` and its like: `20MiB` or `500iops`; one of them is None."""
+    number = text.removesuffix("iops")
+    if number != text:
+        if number.isascii() and number.isdigit() and 1 <= int(number) < 2**31:
+            return None, int(number)
+    elif (size := parse_size(text)) >= 1:
+        return size, None
+    raise ValueError(f"{text!r} is not a rate (such as 20MiB, for a second, or 500iops)")

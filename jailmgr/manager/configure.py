@@ -14,7 +14,7 @@ from jailmgr.manager import networks
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of, disk_of, limits_of, write_bundle
+from jailmgr.manager.plan import cgroup_of, disk_of, limits_with_io, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
@@ -114,7 +114,7 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
     if was != wanted:
         undo.callback(resize_volume, m.pool, old.id, was)
         resize_volume(m.pool, old.id, wanted)
-    before, after = limits_of(old.config), limits_of(new.config)
+    before, after = limits_with_io(m, old), limits_with_io(m, new)
     if runs and before != after:
         cgroup = cgroup_of(m.root, old.tenant, old.name)
         undo.callback(cgroups.set_limits, m.hierarchies, cgroup, cgroups.Limits(*before))

@@ -17,9 +17,10 @@ from jailmgr.manager.host import Manager
 from jailmgr.model import Jail, Network, Nic, Recipe
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.runtime import seccomp
-from jailmgr.runtime.bundle import CONFIG, Limits, Plan, compile_bundle, save_bundle
+from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
-from jailmgr.units import parse_allowance, parse_percent, parse_size
+from jailmgr.storage.device import block_device
+from jailmgr.units import parse_allowance, parse_percent, parse_rate, parse_size
 
 PERIOD = 100_000
 """CPU period in microseconds where the user names none: the kernel's own default (sched-bwc)."""
@@ -33,12 +34,38 @@ def limits_of(config: Config) -> Limits:
     """
     if not any(key.startswith("limits.") for key in config):
         return Limits()
+    quota, period, weight = _cpu(config)
     return Limits(
         memory=_size(config, "limits.memory"),
         swap=_swap(config.get("limits.memory.swap")),
-        **_cpu(config),
+        cpu_quota=quota,
+        cpu_period=period,
+        cpu_weight=weight,
         processes=int(config["limits.processes"]) if "limits.processes" in config else None,
     )
+
+
+def limits_with_io(m: Manager, jail: Jail) -> Limits:
+    """`limits_of` with those of the root device, which lie on the block device that the pool is on today.
+
+    JailmgrError `unavailable` where there is none.
+    """
+    limits, root = limits_of(jail.config), jail.devices.get("root", {})
+    both = root.get("limits.max")
+    rates = [
+        parse_rate(text) if text else (None, None)
+        for text in (root.get("limits.read", both), root.get("limits.write", both))
+    ]
+    if rates == [(None, None)] * 2:
+        return limits
+    (read_bps, read_iops), (write_bps, write_iops) = rates
+    device = block_device(m.pool)
+    if not device:
+        why = "the pool's file system lies on no block device"
+        raise JailmgrError(
+            f"I/O limit of {jail.name}", why, "Unset limits.read, limits.write and limits.max.", "unavailable"
+        )
+    return limits._replace(io=IoLimit(device, read_bps, write_bps, read_iops, write_iops))
 
 
 def _size(config: Mapping[str, str], key: str) -> int | None:
@@ -54,7 +81,8 @@ def _swap(value: str | None) -> int | None:
         return parse_size(value)
 
 
-def _cpu(config: Config) -> dict[str, int | None]:
+def _cpu(config: Config) -> tuple[int | None, int | None, int | None]:
+    """Quota, period and weight."""
     quotas: list[tuple[int, int]] = []
     weight: int | None = None
     if cpus := config.get("limits.cpu"):
@@ -66,7 +94,7 @@ def _cpu(config: Config) -> dict[str, int | None]:
         share = parse_percent(allowance) if allowance.endswith("%") else 100
         weight = max(1, share - (10 - int(priority or 10)))
     quota, period = min(quotas, key=lambda pair: pair[0] / pair[1], default=(None, None))
-    return {"cpu_quota": quota, "cpu_period": period, "cpu_weight": weight}
+    return quota, period, weight
 
 
 def cpus_of(limits: Limits) -> float | None:
@@ -114,7 +142,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic) for nic in jail.nics],
-        limits=limits_of(jail.config),
+        limits=limits_with_io(m, jail),
         seccomp=seccomp_filter(m.root),
         restart=jail.config.get("restart", "no"),
     )

@@ -13,6 +13,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.runtime import seccomp
 from jailmgr.runtime.capabilities import BOUNDING
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES
+from jailmgr.runtime.cgroup_limits import IoLimit as IoLimit
 from jailmgr.runtime.cgroup_limits import Limits as Limits
 from jailmgr.runtime.jsonfile import read_json, write_json
 
@@ -69,6 +70,12 @@ MASKED = (
     "/proc/scsi", "/sys/firmware",
 )  # fmt: skip
 READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
+
+
+_THROTTLES = (
+    "throttleReadBpsDevice", "throttleWriteBpsDevice", "throttleReadIOPSDevice", "throttleWriteIOPSDevice",
+)  # fmt: skip
+"""config-linux.md, Block IO, in the order of IoLimit's fields."""
 
 
 def compile_bundle(plan: Plan) -> dict[str, Any]:
@@ -137,6 +144,11 @@ def _resources(limits: Limits) -> dict[str, Any]:
         resources["cpu"] = {"quota": limits.cpu_quota, "period": limits.cpu_period or 100_000}
     if limits.processes is not None:
         resources["pids"] = {"limit": limits.processes}
+    if limits.io is not None:
+        major, _, minor = limits.io.device.partition(":")
+        at = {"major": int(major), "minor": int(minor)}
+        rates = zip(_THROTTLES, limits.io[1:], strict=True)
+        resources["blockIO"] = {name: [at | {"rate": rate}] for name, rate in rates if rate is not None}
     return resources
 
 
@@ -215,6 +227,7 @@ def _read(config: dict[str, Any]) -> Bundle:
             cpu.get("period"),
             json.loads(own["cpu-weight"]),
             resources.get("pids", {}).get("limit"),
+            _io(resources.get("blockIO", {})),
         ),
         lib=own["lib"],
         stop_signal=own["stop-signal"],
@@ -224,6 +237,12 @@ def _read(config: dict[str, Any]) -> Bundle:
         seccomp=own["seccomp"],
         restart=own["restart"],
     )
+
+
+def _io(throttles: dict[str, Any]) -> IoLimit | None:
+    entries = [throttles.get(name, [None])[0] for name in _THROTTLES]
+    device = next((f"{entry['major']}:{entry['minor']}" for entry in entries if entry), None)
+    return None if device is None else IoLimit(device, *(entry and entry["rate"] for entry in entries))
 
 
 def save_bundle(directory: str, config: dict[str, Any]) -> None:

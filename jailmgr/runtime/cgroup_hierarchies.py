@@ -69,7 +69,8 @@ def discover(mountinfo: str | None = None) -> Hierarchies:
     v2: tuple[str, ...] = ()
     if unified:
         offered = read(f"{unified}/cgroup.controllers").split()
-        passed = read_or(f"{unified}/cgroup.subtree_control", "").split()
+        # systemd gives all that it knows down to a scope that is delegated, once there is one.
+        passed = offered if SYSTEMD else read_or(f"{unified}/cgroup.subtree_control", "").split()
         v2 = tuple(c for c in LIMITING if c in offered) + tuple(c for c in PASSED_ON if c in passed)
     used = [c for c in LIMITING if c not in v2] + list(ONLY_V1) + ([] if unified else list(WITHOUT_V2))
     v1 = {controller: v1[controller] for controller in used if controller in v1}

@@ -21,6 +21,19 @@ WEIGHT = 100
 """The kernel's default of cpu.weight; v1's cpu.shares has 1024 for it."""
 
 
+class IoLimit(NamedTuple):
+    """What a group may read from and write to a block device, page cache written back included; None is no limit."""
+
+    device: str
+    """`MAJOR:MINOR` of a whole disk or a loop device, not of a partition."""
+    read_bps: int | None = None
+    """Bytes a second."""
+    write_bps: int | None = None
+    read_iops: int | None = None
+    """Operations a second."""
+    write_iops: int | None = None
+
+
 class Limits(NamedTuple):
     """What a group may use; None is no limit."""
 
@@ -36,6 +49,7 @@ class Limits(NamedTuple):
     """1 to 10000, as v2's cpu.weight; None is 100."""
     processes: int | None = None
     """Threads count as well."""
+    io: IoLimit | None = None
 
 
 class Write(NamedTuple):
@@ -71,7 +85,7 @@ def set_limits(h: Hierarchies, cgroup: str, limits: Limits) -> None:
     path = ""
     try:
         for path, value in plan_limits(h, cgroup, limits):
-            before = _normal(read(path))
+            before = _io_before(path, value) if path.endswith("/io.max") else _normal(read(path))
             if before == value:
                 continue
             if path.endswith("/memory.max"):
@@ -105,6 +119,8 @@ def plan_limits(h: Hierarchies, cgroup: str, limits: Limits) -> list[Write]:
     pids = _place(h, "pids", cgroup, limits.processes is not None)
     if pids is not None:
         steps.append(Write(f"{pids}/pids.max", _value(limits.processes)))
+    if "io" in h.v2 or limits.io is not None:
+        steps += _io_v2(h, cgroup, limits.io)
     return steps
 
 
@@ -120,7 +136,7 @@ def _place(h: Hierarchies, controller: str, cgroup: str, asked: bool) -> str | N
     return path
 
 
-def _value(limit: int | None, unlimited: str = "max") -> str:
+def _value(limit: object, unlimited: str = "max") -> str:
     return unlimited if limit is None else str(limit)
 
 
@@ -172,6 +188,32 @@ def _cpu_v1(path: str, quota: int | None, period: int, weight: int) -> list[Writ
     steps.append(Write(f"{path}/cpu.cfs_quota_us", _value(quota, "-1")))
     steps.append(Write(f"{path}/cpu.shares", str(min(max(weight * 1024 // 100, 2), 262144))))
     return steps
+
+
+def _io_v2(h: Hierarchies, cgroup: str, limit: IoLimit | None) -> list[Write]:
+    """What was set for other devices goes: a pool's loop device may be another one than when it was set."""
+    if "io" not in h.v2:
+        raise JailmgrError(
+            f"I/O limit of {cgroup}",
+            "cgroup v1's controller, which this host has, doesn't hold what is written by way of the page cache",
+            "Boot with systemd.unified_cgroup_hierarchy=1, or do without limits.read, limits.write and limits.max.",
+            "unavailable",
+        )
+    path = f"{directory(h, 'io', cgroup)}/io.max"
+    devices = [line.split()[0] for line in read_or(path, "").splitlines()]
+    wanted = {device: IoLimit(device) for device in devices} | ({limit.device: limit} if limit is not None else {})
+    return [Write(path, _io_line(each)) for each in wanted.values()]
+
+
+def _io_line(limit: IoLimit) -> str:
+    """As io.max is read and written (cgroup-v2.rst, "IO Interface Files")."""
+    values = zip(("rbps", "wbps", "riops", "wiops"), limit[1:], strict=True)
+    return " ".join([limit.device, *(f"{name}={_value(value)}" for name, value in values)])
+
+
+def _io_before(path: str, value: str) -> str:
+    device = value.split()[0]
+    return next((line for line in read(path).splitlines() if line.split()[0] == device), _io_line(IoLimit(device)))
 
 
 def _reclaim(cgroup: str, path: str, value: str) -> None:

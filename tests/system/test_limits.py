@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from jailmgr.runtime import cgroups
 from jailmgr.runtime.cgroup_hierarchies import relative
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, until
@@ -107,6 +108,27 @@ def test_cpu(jm: Instance, busybox_jail: MakeJail) -> None:
     assert _cpus_used(jm, name) < 0.35
     jm("unset", name, "limits.cpu.allowance")
     assert jm.info(name)["limits"]["cpu"] is None
+
+
+def test_io(jm: Instance, busybox_jail: MakeJail) -> None:
+    """On cgroup v1, where buffered writes go past any limit, none is taken."""
+    name = busybox_jail()
+    if "io" not in cgroups.discover().v2:
+        refused = jm.refused("set", name, "root.limits.write=1MiB")
+        assert "cgroup v1" in refused.err
+        return
+    write = "dd if=/dev/zero of=/root/big bs=1M count=6 conv=fsync 2>/dev/null"
+    began = time.monotonic()
+    jm.sh(name, write)
+    free = time.monotonic() - began
+    jm("set", name, "root.limits.write=1MiB")
+    began = time.monotonic()
+    jm.sh(name, write)
+    assert time.monotonic() - began > 4
+    jm("unset", name, "root.limits.write")
+    began = time.monotonic()
+    jm.sh(name, write)
+    assert time.monotonic() - began < free + 3
 
 
 def _cpus_used(jm: Instance, name: str) -> float:

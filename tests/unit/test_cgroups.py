@@ -9,7 +9,7 @@ import pytest
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies, directory, field, relative
-from jailmgr.runtime.cgroup_limits import Limits, plan_limits
+from jailmgr.runtime.cgroup_limits import IoLimit, Limits, plan_limits
 
 GROUP = "jailmgr/acme/web"
 MIB = 1 << 20
@@ -110,6 +110,20 @@ def v1(tmp_path: Path) -> Hierarchies:
 
 def written(h: Hierarchies, limits: Limits) -> list[tuple[str, str]]:
     return [(step.path.rpartition("/")[2], step.value) for step in plan_limits(h, GROUP, limits)]
+
+
+def test_io_limits_in_v2(tmp_path: Path) -> None:
+    """Those of another device go: it was the pool's loop device when they were set."""
+    group_files(tmp_path / GROUP, io__max="7:1 rbps=5 wbps=max riops=max wiops=max\n")
+    h = v2(tmp_path)._replace(v2=("io",))
+    assert written(h, Limits(io=IoLimit("8:0", None, MIB, 500))) == [
+        ("io.max", "7:1 rbps=max wbps=max riops=max wiops=max"),
+        ("io.max", f"8:0 rbps=max wbps={MIB} riops=500 wiops=max"),
+    ]
+    assert written(h, Limits()) == [("io.max", "7:1 rbps=max wbps=max riops=max wiops=max")]
+    with pytest.raises(JailmgrError) as caught:
+        plan_limits(v1(tmp_path)._replace(v1={}), GROUP, Limits(io=IoLimit("8:0", MIB)))
+    assert caught.value.code == "unavailable"
 
 
 def test_limits_in_v2(tmp_path: Path) -> None:

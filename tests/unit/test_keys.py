@@ -13,6 +13,7 @@ from jailmgr import keys
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.plan import cpus_of, limits_of
 from jailmgr.runtime.bundle import Limits
+from jailmgr.units import parse_rate
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,19 @@ def test_names(name: str) -> None:
 def test_what_is_no_dns_label(name: str) -> None:
     with pytest.raises(JailmgrError) as caught:
         keys.check_name(name)
+    assert caught.value.code == "invalid"
+
+
+@pytest.mark.parametrize(("text", "rate"), [("20MiB", (20 << 20, None)), ("1", (1, None)), ("500iops", (None, 500))])
+def test_rates(text: str, rate: tuple[int | None, int | None]) -> None:
+    assert parse_rate(text) == rate
+    keys.check_devices({"root": {"limits.max": text}})
+
+
+@pytest.mark.parametrize("text", ["", "0", "0iops", "iops", "1.5iops", "-1", "fast", "20MiB/s"])
+def test_what_is_no_rate(text: str) -> None:
+    with pytest.raises(JailmgrError) as caught:
+        keys.check_devices({"root": {"limits.read": text}})
     assert caught.value.code == "invalid"
 
 
