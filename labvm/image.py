@@ -187,8 +187,8 @@ def _bootstrap(shop: Path, wanted: Recipe, wheels: Wheelhouse) -> None:
 
 def _install(shop: Path, root: Path, wheels: Wheelhouse) -> None:
     """Leave a virtual environment where script/venv finds it up to date: in the VM pip would take four minutes."""
-    inside, wheelhouse = root / guest.TREE.lstrip("/"), root / "wheelhouse"
-    for name in tree.names():
+    inside, wheelhouse, names = root / guest.TREE.lstrip("/"), root / "wheelhouse", tree.names()
+    for name in names:
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(TREE / name, inside / name, follow_symlinks=False)
     shutil.copytree(wheels.folder, wheelhouse)
@@ -202,7 +202,7 @@ def _install(shop: Path, root: Path, wheels: Wheelhouse) -> None:
     shutil.rmtree(wheelhouse)
     wheelhouse.mkdir()
     # A file that the tree no longer has must not be there; what was compiled is tied to its source's time.
-    for name in tree.names():
+    for name in names:
         (inside / name).unlink()
 
 

@@ -34,6 +34,8 @@ _ALL_NAMESPACES = (
     | kernel.CLONE_NEWTIME
 )
 _PASSWD_MAX = 1 << 20
+_PAM_OF_LOGINS = "/etc/pam.d/su-l"
+"""Where the jail has it, a login shell goes by its su(1): pam_systemd(8) makes it a session of the jail's logind then."""
 _NO_ID = 0xFFFFFFFF
 """-1 to setresuid(2), which leaves the uid as it is."""
 
@@ -158,6 +160,11 @@ def run(sock: socket.socket, command: Command, stdio: list[int], bundle: Bundle,
                 raise JailmgrError("exec", f"{directory}: {os.strerror(error.errno or 0)}") from error
     process.set_limits(bundle.rlimits)
     process.become(bundle.capabilities, bpf)
+    if command.login and os.path.exists(_PAM_OF_LOGINS):
+        try:
+            process.execute(["su", "-l", account.name], env)
+        except FileNotFoundError:
+            pass
     os.setgroups(account.groups)
     os.setresgid(account.gid, account.gid, account.gid)
     os.setresuid(account.uid, account.uid, account.uid)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.conftest import MakeJail
-from tests.system.instance import Instance, alive, until
+from tests.system.instance import Instance, alive, terminal, until
 from tests.system.netns import run
 
 LIST_FIELDS = {
@@ -227,3 +227,21 @@ def test_apt_works_in_a_jail(jm: Instance, debian_jail: MakeJail) -> None:
     name = debian_jail()
     jm("exec", name, "--", "apt-get", "update", "-q", within=200)
     assert "Installed-Size" in jm.exec(name, "apt-cache", "show", "hello").out
+    _a_login_is_a_session(jm, name)
+
+
+def _a_login_is_a_session(jm: Instance, name: str) -> None:
+    """A login shell is moved to a session of the guest's logind, where that has its PAM module."""
+    install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", "libpam-systemd"]
+    jm("exec", name, "-e", "DEBIAN_FRONTEND=noninteractive", "--", *install, within=200)
+    with terminal(jm, "shell", name) as term:
+        term.prompt()
+        term.write(
+            b"loginctl --no-legend list-sessions; echo at $XDG_RUNTIME_DIR; cat /proc/self/cgroup; echo end$((1))\n"
+        )
+        said = term.expect(b"end1").decode()
+        term.write(b"exit 7\n")
+        assert term.wait() == 7
+    assert "/run/user/0" in said
+    assert re.search(r"0::/user\.slice/user-0\.slice/session-\w+\.scope", said), said
+    assert re.search(r"^\s*\w+ 0 root", said, re.M), said
