@@ -35,7 +35,7 @@ _ALL_NAMESPACES = (
 )
 _PASSWD_MAX = 1 << 20
 _PAM_OF_LOGINS = "/etc/pam.d/su-l"
-"""Where the jail has it, a login shell goes by its su(1): pam_systemd(8) makes it a session of the jail's logind then."""
+"""Where the jail has it, a login shell goes by its su(1): pam_systemd(8) makes it a session of the jail's logind."""
 _NO_ID = 0xFFFFFFFF
 """-1 to setresuid(2), which leaves the uid as it is."""
 

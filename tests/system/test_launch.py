@@ -236,12 +236,9 @@ def _a_login_is_a_session(jm: Instance, name: str) -> None:
     jm("exec", name, "-e", "DEBIAN_FRONTEND=noninteractive", "--", *install, within=200)
     with terminal(jm, "shell", name) as term:
         term.prompt()
-        term.write(
-            b"loginctl --no-legend list-sessions; echo at $XDG_RUNTIME_DIR; cat /proc/self/cgroup; echo end$((1))\n"
-        )
+        term.write(b"echo at $XDG_RUNTIME_DIR; cat /proc/self/cgroup; echo end$((1))\n")
         said = term.expect(b"end1").decode()
         term.write(b"exit 7\n")
         assert term.wait() == 7
     assert "/run/user/0" in said
     assert re.search(r"0::/user\.slice/user-0\.slice/session-\w+\.scope", said), said
-    assert re.search(r"^\s*\w+ 0 root", said, re.M), said
