@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from jailmgr.cli.command import command
-from jailmgr.cli.output import printable, show, table
+from jailmgr.cli.output import printable, remark, show, table
 from jailmgr.cli.settings import Settings
 
 
@@ -26,7 +26,8 @@ def doctor(
     from jailmgr.manager import doctor as checks
 
     if fix:
-        checks.fix(settings.root)
+        for line in checks.fix(settings.root):
+            remark(settings, line)
     found: list[dict[str, Any]] = msgspec.to_builtins(checks.doctor(settings.root))
     show(settings, found, lambda: _page(found))
     return 1 if any(check["severity"] == "error" and not check["ok"] for check in found) else 0

@@ -320,14 +320,3 @@ def test_a_root_that_is_no_directory() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert "Traceback" not in done.stderr
-
-
-def test_doctor(jm: Instance, busybox_jail: MakeJail) -> None:
-    busybox_jail()
-    done = jm("doctor", "--format", "json", status=None)
-    checks = done.json
-    for check in checks:
-        assert check.keys() >= {"check", "ok", "severity", "detail", "remedy"}
-        assert check["ok"] or check["remedy"], check
-    assert {check["check"]: check["ok"] for check in checks}["leftovers"]
-    assert done.status == int(any(check["severity"] == "error" and not check["ok"] for check in checks))

@@ -1,0 +1,89 @@
+"""Whether the host has what jails need: a list of checks, each with its remedy. Changes nothing, needs no engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError
+from jailmgr.manager import leftovers
+from jailmgr.manager.disk_guard import space_left
+from jailmgr.manager.doctor import host
+from jailmgr.manager.doctor.check import Check, check
+from jailmgr.manager.doctor.firewall import firewall_checks
+from jailmgr.manager.doctor.kernel import cgroup_checks, kernel_checks
+from jailmgr.storage.pool import MIN_SIZE, host_headroom
+from jailmgr.store import Store
+from jailmgr.units import format_size
+
+
+def doctor(root: Root) -> list[Check]:
+    """All checks, in the order a host is set up."""
+    groups: list[tuple[str, Callable[[], list[Check]]]] = [
+        ("root", host.rights_checks),
+        ("kernel", kernel_checks),
+        ("cgroups", cgroup_checks),
+        ("nftables", lambda: firewall_checks(root)),
+        ("tools", host.tool_checks),
+        ("security", host.security_checks),
+        ("sysctl", host.sysctl_checks),
+        ("id ranges", host.id_checks),
+        ("resolver", host.name_checks),
+        ("disk", lambda: _disk(root)),
+        ("store", lambda: _store(root)),
+        ("leftovers", lambda: _leftovers(root)),
+    ]
+    found = []
+    for name, look in groups:
+        try:
+            found += look()
+        except JailmgrError as error:
+            found.append(Check(name, False, "error", str(error), error.hint))
+        except OSError as error:
+            found.append(Check(name, False, "error", str(error)))
+    return found
+
+
+def fix(root: Root) -> list[str]:
+    """Mend what is safe to: what a crash left, and sysctls that are too low; a line for each. Raises JailmgrError."""
+    try:
+        return [*(f"removed {what}" for what in leftovers.fix(root)), *host.raise_sysctls()]
+    except OSError as error:
+        raise JailmgrError("doctor --fix", str(error)) from error
+
+
+def _disk(root: Root) -> list[Check]:
+    if os.path.exists(root.pool_file):
+        writable = space_left(root)
+        if writable is not None and writable <= 0:
+            remedy = "Free some space on the host's disk: jails are held still until there is some."
+            return [check("disk", False, "the host's disk is nearly full", remedy)]
+        left = host_headroom(root)
+        detail = f"{format_size(max(0, left))} would be left on the host's disk with the pool full"
+        remedy = "The host's disk can be full before the pool is: free some space."
+        return [check("disk", left > 0, detail, remedy, "warning")]
+    at = root.lib
+    while not os.path.isdir(at):
+        at = os.path.dirname(at)
+    found = os.statvfs(at)
+    free = found.f_bavail * found.f_frsize
+    enough = free > 4 * MIN_SIZE
+    return [check("disk", enough, f"{format_size(free)} free at {at}", f"{format_size(4 * MIN_SIZE)} are needed.")]
+
+
+def _store(root: Root) -> list[Check]:
+    if not os.path.exists(root.store):
+        return [check("store", True, "none yet")]
+    store = Store(root.store)
+    store.open_to_read()
+    try:
+        return [check("store", True, f"{len(store.rows())} jails, {len(store.images())} images")]
+    finally:
+        store.close()
+
+
+def _leftovers(root: Root) -> list[Check]:
+    found = [leftover.what for leftover in leftovers.find_leftovers(root)]
+    detail = "none" if not found else f"{len(found)}: {', '.join(found[:8])}" + (", …" if len(found) > 8 else "")
+    return [check("leftovers", not found, detail, "jailmgr doctor --fix removes them.")]

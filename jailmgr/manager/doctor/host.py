@@ -1,0 +1,121 @@
+"""The host around the kernel: rights, tools, sysctls, security modules, ids, names."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import shutil
+
+from jailmgr import claims
+from jailmgr.manager.doctor.check import SBIN, Check, Severity, check, read
+
+TOOLS: dict[str, tuple[str, Severity, str]] = {
+    "mkfs.btrfs": ("btrfs-progs", "error", "makes the storage pool"),
+    "dnsmasq": ("dnsmasq-base", "error", "names of jails"),
+    "debootstrap": ("debootstrap", "warning", "builds Debian images"),
+    "busybox": ("busybox-static", "warning", "the busybox template"),
+}
+LIBRARIES = {"nftables": "libnftables1", "seccomp": "libseccomp2"}
+SYSCTLS = {
+    "fs.inotify.max_user_instances": (1024, "each jail with systemd takes some 8 of its tenant's"),
+    "fs.inotify.max_user_watches": (65536, "shared by the jails of a tenant"),
+    "kernel.keys.maxkeys": (1000, "keyrings; shared by the jails of a tenant"),
+    "kernel.pty.max": (1024, "a console takes one, each shell another"),
+    "user.max_user_namespaces": (256, "a jail takes one"),
+}
+"""Least values for some hundred jails, and why. More is in the package's sysctl.d file."""
+RESOLV_CONF = "/etc/resolv.conf"
+APPARMOR = "/sys/module/apparmor/parameters/enabled"
+SELINUX = "/sys/fs/selinux/enforce"
+
+
+def rights_checks() -> list[Check]:
+    return [check("root", os.geteuid() == 0, f"uid {os.geteuid()}", "Run it as root.")]
+
+
+def tool_checks() -> list[Check]:
+    """Programs and libraries, each with its package."""
+    found = []
+    for tool, (package, severity, why) in TOOLS.items():
+        path = shutil.which(tool, path=SBIN)
+        found.append(check(tool, path is not None, path or f"missing: {why}", f"apt install {package}", severity))
+    for library, package in LIBRARIES.items():
+        name = ctypes.util.find_library(library)
+        found.append(check(f"lib{library}", name is not None, name or "missing", f"apt install {package}"))
+    return found
+
+
+def sysctl_checks() -> list[Check]:
+    found = []
+    for name, (least, why) in SYSCTLS.items():
+        value = _sysctl(name)
+        if value is not None:
+            detail = f"{value}" if value >= least else f"{value}, less than {least}: {why}"
+            found.append(check(name, value >= least, detail, f"sysctl -w {name}={least}", "warning"))
+    return found
+
+
+def raise_sysctls() -> list[str]:
+    """Set those that are below the least value to it, until the next boot; a line for each. Raises OSError."""
+    done = []
+    for name, (least, _) in SYSCTLS.items():
+        value = _sysctl(name)
+        if value is not None and value < least:
+            with open(_path(name), "w", encoding="ascii") as file:
+                file.write(str(least))
+            done.append(f"{name} raised from {value} to {least}, until the host boots")
+    return done
+
+
+def _path(name: str) -> str:
+    return f"/proc/sys/{name.replace('.', '/')}"
+
+
+def _sysctl(name: str) -> int | None:
+    text = read(_path(name))
+    return int(text) if text.isdigit() else None
+
+
+def security_checks() -> list[Check]:
+    """Linux security modules: what confines jails besides namespaces, and what may be in their way."""
+    found = []
+    if read(APPARMOR) == "Y":
+        parser = shutil.which("apparmor_parser", path=SBIN)
+        detail = "on" if parser else "on, but its profile for jails can't be loaded: no apparmor_parser"
+        found.append(check("AppArmor", parser is not None, detail, "apt install apparmor", "warning"))
+    else:
+        found.append(check("AppArmor", True, "not on here: jails go without its profile"))
+    if (enforcing := read(SELINUX)) in ("0", "1"):
+        detail = "enforcing, with no policy for jails" if enforcing == "1" else "permissive"
+        remedy = "Where it refuses something to a jail (ausearch -m avc): setenforce 0."
+        found.append(check("SELinux", enforcing == "0", detail, remedy, "warning"))
+    return found
+
+
+def id_checks() -> list[Check]:
+    """Ranges of ids for jails, of which none may be another's by subuid(5) or subgid(5)."""
+    free = claims.LAST_ID - claims.FIRST_ID
+    clash = []
+    for path in claims.SUBORDINATE:
+        for fields in (line.split(":") for line in read(path).splitlines()):
+            if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
+                start, count = int(fields[1]), int(fields[2])
+                overlap = min(start + count, claims.LAST_ID) - max(start, claims.FIRST_ID)
+                if overlap > 0:
+                    clash.append(f"{path} gives {start} to {fields[0]}")
+                    free -= overlap
+    detail = f"{max(0, free) // claims.RANGE} ranges from {claims.FIRST_ID}" + (
+        f"; {', '.join(clash[:2])}" if clash else ""
+    )
+    return [check("id ranges", free > 64 * claims.RANGE, detail, "Move the ranges of /etc/subuid and /etc/subgid.")]
+
+
+def name_checks() -> list[Check]:
+    """A resolver of the host's, to which the jails' one passes on what it doesn't know."""
+    servers = [
+        line.split()[1]
+        for line in read(RESOLV_CONF).splitlines()
+        if line.split()[:1] == ["nameserver"] and line.split()[1:]
+    ]
+    detail = ", ".join(servers) or f"no nameserver in {RESOLV_CONF}: jails know each other's names only"
+    return [check("resolver", bool(servers), detail, f"Name one in {RESOLV_CONF}.", "warning")]

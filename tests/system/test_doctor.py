@@ -1,0 +1,113 @@
+"""doctor on the host as it is, with one thing after the other broken."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.conftest import MakeJail
+from tests.system.instance import Instance
+from tests.system.netns import OUTSIDE, run
+
+INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
+CHECKS = {
+    "root", "kernel", "system calls", "namespace user", "namespace time", "idmapped mounts", "seccomp", "overlay",
+    "btrfs", "loop", "veth", "bridge", "simple quotas", "cgroup v2", "cgroup memory", "cgroup cpu", "cgroup pids",
+    "cgroup io", "cgroup devices", "cgroup freezer", "nftables", "protocols", "firewall forward", "firewall input",
+    "bridge netfilter", "mkfs.btrfs", "dnsmasq", "debootstrap", "busybox", "libnftables", "libseccomp", "AppArmor",
+    "fs.inotify.max_user_instances", "kernel.keys.maxkeys", "kernel.pty.max", "id ranges", "resolver", "disk",
+    "store", "leftovers",
+}  # fmt: skip
+
+
+def checks(jm: Instance) -> dict[str, dict[str, Any]]:
+    return {check["check"]: check for check in jm("doctor", "--format", "json", status=None).json}
+
+
+def test_every_requirement_has_a_line(jm: Instance, busybox_jail: MakeJail) -> None:
+    busybox_jail()
+    done = jm("doctor", "--format", "json", status=None)
+    found = done.json
+    assert {check["check"] for check in found} >= CHECKS
+    for check in found:
+        assert check.keys() >= {"check", "ok", "severity", "detail", "remedy"}
+        assert check["ok"] or check["remedy"], check
+    assert checks(jm)["leftovers"]["ok"]
+    assert done.status == int(any(check["severity"] == "error" and not check["ok"] for check in found))
+
+
+@pytest.fixture
+def few_instances() -> Iterator[None]:
+    before = INSTANCES.read_text()
+    INSTANCES.write_text("128")
+    yield
+    INSTANCES.write_text(before)
+
+
+def test_fix_raises_a_sysctl(jm: Instance, few_instances: None) -> None:
+    low = checks(jm)["fs.inotify.max_user_instances"]
+    assert (low["ok"], low["severity"]) == (False, "warning")
+    said = jm("doctor", "--fix", status=None)
+    assert "fs.inotify.max_user_instances raised from 128 to 1024" in said.err
+    assert checks(jm)["fs.inotify.max_user_instances"]["ok"]
+    assert "raised" not in jm("doctor", "--fix", status=None).err
+
+
+@pytest.fixture
+def ruleset() -> Iterator[Callable[[str], None]]:
+    """Loads a table `ip filter`, as other firewalls of a host have it, in the session's network namespace."""
+
+    def load(chains: str) -> None:
+        run("nft", "-f", "-", stdin=f"table ip filter {{\n{chains}\n}}\n")
+
+    yield load
+    run("nft", "delete", "table", "ip", "filter")
+
+
+FORWARD = "chain FORWARD { type filter hook forward priority filter; policy drop; }"
+INPUT = "chain INPUT { type filter hook input priority filter; policy drop; }"
+
+
+def test_another_firewall_that_drops_what_it_does_not_know(
+    jm: Instance, busybox_jail: MakeJail, ruleset: Callable[[str], None]
+) -> None:
+    name = busybox_jail()
+    ping, ask = f"ping -c 1 -W 1 {OUTSIDE[0]}", f"nslookup {name}.jailmgr"
+    assert checks(jm)["firewall forward"]["ok"]
+    jm.sh(name, ping)
+    jm.sh(name, ask)
+    ruleset(f"{FORWARD}\n{INPUT}")
+    jm.sh(name, ping, status=1)
+    jm.sh(name, f"timeout 2 {ask}", status=None)
+    for hook in ("forward", "input"):
+        found = checks(jm)[f"firewall {hook}"]
+        assert (found["ok"], found["severity"]) == (False, "error")
+        assert f"ip filter {hook.upper()} drops" in found["detail"]
+        for command in found["remedy"].split(" && "):
+            subprocess.run(shlex.split(command), check=True, timeout=20)
+        assert checks(jm)[f"firewall {hook}"]["ok"]
+    jm.sh(name, ping)
+    jm.sh(name, ask)
+
+
+@pytest.mark.parametrize(
+    ("chains", "remedy"),
+    [
+        (f"chain DOCKER-USER {{ }}\n{FORWARD}", "iptables -I DOCKER-USER -i"),
+        (f"chain ufw-user-forward {{ }}\n{FORWARD}", "ufw route allow in on"),
+    ],
+    ids=["docker", "ufw"],
+)
+def test_the_remedy_is_the_other_firewalls_own(
+    jm: Instance, ruleset: Callable[[str], None], chains: str, remedy: str
+) -> None:
+    ruleset(chains)
+    found = checks(jm)["firewall forward"]
+    assert not found["ok"]
+    assert remedy in found["remedy"]
+    assert f"{jm.root.link_prefix}b+" in found["remedy"]
