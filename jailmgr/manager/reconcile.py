@@ -21,6 +21,7 @@ from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
+from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import running
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.state import running_jails, supervisor_process
@@ -76,6 +77,8 @@ def _watch_over(m: Manager, tenant: str) -> None:
     if supervisor_process(m.root, tenant) is None:
         log.info("tenant %s has no supervisor: a new one adopts its jails", tenant)
         attach.connect(m.root, tenant).close()
+    else:
+        renew_supervisor(m.root, tenant)
 
 
 def _claim_again(m: Manager) -> None:

@@ -27,6 +27,12 @@ sys.path.insert(0, sys.argv[1])
 from jailmgr.runtime.supervisor import main
 main(sys.argv[2], int(sys.argv[3]), sys.argv[4])
 """
+_RESUME = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from jailmgr.runtime.supervisor import resume
+resume(sys.argv[2], int(sys.argv[3]))
+"""
 
 
 class Supervisor:
@@ -150,7 +156,9 @@ def _try(run: str) -> _socket.socket | None:
         return None
     try:
         protocol.send(sock, {"v": protocol.VERSION, "op": "hello"})
-        if protocol.receive(sock) is not None:
+        said = protocol.receive(sock)
+        if said is not None:
+            _check_version(said.body, run)
             return sock
     except (ConnectionResetError, BrokenPipeError):
         pass
@@ -158,12 +166,18 @@ def _try(run: str) -> _socket.socket | None:
     return None
 
 
+def _check_version(hello: dict[str, Any], run: str) -> None:
+    if hello.get("v") != protocol.VERSION:
+        why = f"it speaks version {hello.get('v')} of the protocol, this jailmgr {protocol.VERSION}"
+        hint = "Start the engine anew (jailmgr engine stop): it has supervisors go over to its release. Jails run on."
+        raise JailmgrError(f"supervisor of {os.path.basename(run)}", why, hint, "unavailable")
+
+
 def _start(root: Root, run: str) -> None:
     """A supervisor of its own session, with nothing of ours but the pipe on which it says that it listens."""
-    import jailmgr
     from jailmgr.runtime import scope
 
-    package = os.path.dirname(os.path.dirname(os.path.abspath(jailmgr.__file__)))
+    package = _package()
     ear, mouth = os.pipe()
     try:
         os.set_inheritable(mouth, True)
@@ -184,6 +198,20 @@ def _start(root: Root, run: str) -> None:
         raise from_dict(compact_json.loads(said))
     if not said:
         raise JailmgrError("supervisor", "ended while it started", f"See {run}/supervisor.log.", "unavailable")
+
+
+def _package() -> str:
+    import jailmgr
+
+    return os.path.dirname(os.path.dirname(os.path.abspath(jailmgr.__file__)))
+
+
+def successor(root: Root, tenant: str) -> list[str]:
+    """The command line of a supervisor of this release that goes on in the process of another (runtime/reexec.py).
+
+    It gets the number of a memfd as its last word; with -1 it only sees that it could.
+    """
+    return [sys.executable, "-I", "-S", "-X", "utf8", "-c", _RESUME, _package(), root.tenant_run(tenant)]
 
 
 def run_once(root: Root, tenant: str, jail: str, output: Callable[[bytes], None]) -> int:

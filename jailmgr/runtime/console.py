@@ -81,8 +81,8 @@ class Console:
         self.master = master
         self._log = log
         self._gone = gone
-        self._watchers: list[Watcher] = []
-        self._typed = bytearray()
+        self.watchers: list[Watcher] = []
+        self.typed = bytearray()
         self._allowance = float(BURST)
         self._at = monotonic()
         self._paused = False
@@ -91,12 +91,12 @@ class Console:
 
     def add(self, watcher: Watcher) -> None:
         watcher.sock.setblocking(False)
-        self._watchers.append(watcher)
+        self.watchers.append(watcher)
         self._loop.watch(watcher.sock.fileno(), lambda events: self._watcher_ready(watcher, events))
 
     def remove(self, watcher: Watcher) -> None:
-        if watcher in self._watchers:
-            self._watchers.remove(watcher)
+        if watcher in self.watchers:
+            self.watchers.remove(watcher)
             self._loop.forget(watcher.sock.fileno())
             watcher.sock.close()
             self._gone(watcher)
@@ -109,23 +109,23 @@ class Console:
         for _ in range(PENDING_MAX // 4096):
             if not self._read():
                 break
-        for watcher in list(self._watchers):
+        for watcher in list(self.watchers):
             self.remove(watcher)
         os.close(self.master)
         self.master = -1
 
     def _listen(self) -> None:
-        events = (0 if self._paused else READ) | (WRITE if self._typed else 0)
+        events = (0 if self._paused else READ) | (WRITE if self.typed else 0)
         self._loop.watch(self.master, self._master_ready, events)
 
     def _master_ready(self, events: int) -> None:
-        if events & WRITE and self._typed:
+        if events & WRITE and self.typed:
             try:
-                del self._typed[: os.write(self.master, self._typed[:4096])]
+                del self.typed[: os.write(self.master, self.typed[:4096])]
             except BlockingIOError:
                 pass
             except OSError:
-                self._typed.clear()
+                self.typed.clear()
             self._listen()
         if events & ~WRITE and not self._paused and not self._read():
             self._rest(1.0)
@@ -139,7 +139,7 @@ class Console:
         if not data:
             return False
         self._log.write(data)
-        for watcher in list(self._watchers):
+        for watcher in list(self.watchers):
             if len(watcher.pending) < PENDING_MAX:
                 watcher.pending += data
                 self._watcher_ready(watcher, WRITE)
@@ -172,8 +172,8 @@ class Console:
                 if not data:
                     self.remove(watcher)
                     return
-                if watcher.typed and len(self._typed) < PENDING_MAX:
-                    self._typed += data
+                if watcher.typed and len(self.typed) < PENDING_MAX:
+                    self.typed += data
                     if not self._paused:
                         self._listen()
         except BlockingIOError:

@@ -65,17 +65,19 @@ class Jail:
         self.waiters: list[Callable[[dict[str, Any]], None]] = []
         self.ready_waiters: list[Callable[[], None]] = []
         self._visit: spawn.Spawned | None = None
-        self._notify: Notify | None = None
-        self._ours = False
-        self._stopping = ""
+        self.notify: Notify | None = None
+        self.ours = False
+        self.stopping = ""
         self.once = False
         """Runs for a client, with its pipes (state.State): a reboot ends it, and nobody starts it again."""
-        self._killed = False
+        self.killed = False
         self._reaped = False
         self._reap_timer: Timer | None = None
-        self._kill_timer: Timer | None = None
-        self._start_timer: Timer | None = None
-        self._tries = 0
+        self.kill_timer: Timer | None = None
+        self.start_timer: Timer | None = None
+        self.tries = 0
+        self.restarts = 0
+        """Of the start that `start_timer` is for."""
 
     @property
     def running(self) -> bool:
@@ -84,7 +86,7 @@ class Jail:
     @property
     def alive(self) -> bool:
         """Running, or on its way there again."""
-        return self.running or self._start_timer is not None
+        return self.running or self.start_timer is not None
 
     def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None, bundle: Bundle | None = None) -> None:
         """From the bundle on disk to init exec'd; `bundle` is that, where it has just been read.
@@ -111,13 +113,13 @@ class Jail:
         return {"exit": {"code": 0}}
 
     def _begin(self, bundle: Bundle, restarts: int, stdio: spawn.Stdio | None, payload: spawn.Payload | None) -> None:
-        if self._start_timer is not None:
-            self._start_timer.cancel()
-            self._start_timer = None
+        if self.start_timer is not None:
+            self.start_timer.cancel()
+            self.start_timer = None
         self.bundle, hierarchies = bundle, self.host.hierarchies
         self.once = stdio is not None or payload is not None
         bpf = self.host.filter(bundle.seccomp)
-        self._ours, self._stopping, self._killed, self._reaped = True, "", False, False
+        self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
         try:
             make_groups(hierarchies, bundle)
             spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload, partial(self._prepare, restarts))
@@ -152,9 +154,13 @@ class Jail:
 
     def adopt(self, state: State, pidfd: int) -> None:
         """Take over a jail whose supervisor died."""
-        self.state, self.pidfd, self._ours = state, pidfd, False
         self.log.note("the supervisor was replaced; what the console showed meanwhile is lost")
-        self._watch(None, None)
+        self.take_over(state, pidfd, False, None, None)
+
+    def take_over(self, state: State, pidfd: int, ours: bool, console: int | None, notify: int | None) -> None:
+        """Watch over a jail that runs. `ours`: its init is a child of this process, whoever that was when it began."""
+        self.state, self.pidfd, self.ours = state, pidfd, ours
+        self._watch(console, notify)
 
     def adopt_console(self, master: int) -> None:
         """A new console for an adopted jail."""
@@ -168,7 +174,7 @@ class Jail:
         if console is not None:
             self.console = Console(self.host.loop, console, self.log, lambda _: None)
         if notify is not None:
-            self._notify = Notify(self.host.loop, notify, self._up)
+            self.notify = Notify(self.host.loop, notify, self._up)
 
     def _up(self) -> None:
         if self.state is not None:
@@ -183,18 +189,18 @@ class Jail:
 
         `by`: `admin`, or `host` where that goes down.
         """
-        if self._start_timer is not None:
-            self._start_timer.cancel()
-            self._start_timer, self._stopping = None, by
+        if self.start_timer is not None:
+            self.start_timer.cancel()
+            self.start_timer, self.stopping = None, by
             self._settle({"kind": "exit", "at": time(), "by": by, "status": 0}, final=True)
             return
         if not self.running:
             return
         number = signal_number(by_signal)
-        self._stopping = by
-        if self._kill_timer is not None:
-            self._kill_timer.cancel()
-            self._kill_timer = None
+        self.stopping = by
+        if self.kill_timer is not None:
+            self.kill_timer.cancel()
+            self.kill_timer = None
         if force or timeout <= 0:
             self._kill()
             return
@@ -203,13 +209,13 @@ class Jail:
             signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
             return
-        self._kill_timer = self.host.loop.after(timeout, self._kill)
+        self.kill_after(timeout)
 
     def _kill(self) -> None:
         """SIGKILL of process 1 takes all of its pid namespace along (pid_namespaces(7))."""
-        self._kill_timer = None
+        self.kill_timer = None
         if self.running:
-            self._killed = True
+            self.killed = True
             try:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
@@ -221,7 +227,7 @@ class Jail:
         if self.state is None:
             return
         status = self._status()
-        if status is None and not (self._reaped or self._killed):
+        if status is None and not (self._reaped or self.killed):
             # An adopted init has ended, and its parent of now has not asked yet: its exit code comes with EPOLLHUP.
             self._reaped = True
             self.host.loop.watch(self.pidfd, lambda _: self._ended(), 0)
@@ -234,12 +240,12 @@ class Jail:
         ending = self._ending(status, state)
         self.host.loop.forget(self.pidfd)
         os.close(self.pidfd)
-        if self._kill_timer is not None:
-            self._kill_timer.cancel()
-            self._kill_timer = None
-        again = ending["kind"] == "reboot" and not self._stopping and not self.once
+        if self.kill_timer is not None:
+            self.kill_timer.cancel()
+            self.kill_timer = None
+        again = ending["kind"] == "reboot" and not self.stopping and not self.once
         failed = ending["kind"] in ("oom", "unknown", "signal") or (ending["kind"] == "exit" and ending["status"] != 0)
-        if not self._stopping and ending["kind"] != "reboot":
+        if not self.stopping and ending["kind"] != "reboot":
             again = self.bundle.restart == "always" or (self.bundle.restart == "on-failure" and failed)
         self._forget()
         self.log.note(f"ended: {ending['kind']} by {ending['by']}")
@@ -249,27 +255,37 @@ class Jail:
             # Those who wait are told all the same; the state file is still there for a next supervisor to do it.
             self.log.note(f"not all of it could be taken away: {error}")
         if time() - state.started_at > STEADY_SECONDS:
-            self._tries = 0
+            self.tries = 0
         if not again:
             self._settle(ending, final=True)
             return
         self._note_last(ending)
-        if ending["kind"] == "reboot" and self._tries == 0:
-            self._tries += 1
-            self._start_again(state.restarts + 1)
+        if ending["kind"] == "reboot" and self.tries == 0:
+            self.tries += 1
+            self.restarts = state.restarts + 1
+            self._start_again()
         else:
             self.start_later(state.restarts + 1)
 
     def start_later(self, restarts: int) -> None:
         """Start again after a pause that grows with each failure."""
-        wait = BACKOFF[min(self._tries, len(BACKOFF) - 1)]
-        self._tries += 1
-        self._start_timer = self.host.loop.after(wait, lambda: self._start_again(restarts))
+        wait = BACKOFF[min(self.tries, len(BACKOFF) - 1)]
+        self.tries += 1
+        self.start_after(wait, restarts)
 
-    def _start_again(self, restarts: int) -> None:
-        self._start_timer = None
+    def start_after(self, seconds: float, restarts: int) -> None:
+        """Start again then, as the so-manieth time."""
+        self.restarts = restarts
+        self.start_timer = self.host.loop.after(seconds, self._start_again)
+
+    def kill_after(self, seconds: float) -> None:
+        """Kill it then, unless it has ended."""
+        self.kill_timer = self.host.loop.after(seconds, self._kill)
+
+    def _start_again(self) -> None:
+        self.start_timer = None
         try:
-            self.start(restarts)
+            self.start(self.restarts)
         except (JailmgrError, OSError) as error:
             self.log.note(f"could not be started again: {error}")
             self._settle({"kind": "failed", "at": time(), "by": "host", "status": 0, "why": str(error)}, final=True)
@@ -293,7 +309,7 @@ class Jail:
     def _settle(self, ending: dict[str, Any], final: bool) -> None:
         if self._visit is None:
             self._note_last(ending)
-        if final and self._stopping != "host":
+        if final and self.stopping != "host":
             self._note_runs(False)
         waiting, self.waiters = self.waiters, []
         for waiter in waiting:
@@ -304,7 +320,7 @@ class Jail:
 
     def _status(self) -> int | None:
         """Wait status (wait(2)); None where an adopted jail's can't be known."""
-        if self._ours:
+        if self.ours:
             info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             if info is None:
                 return None
@@ -313,17 +329,17 @@ class Jail:
 
     def _ending(self, status: int | None, state: State) -> dict[str, Any]:
         """What a wait status means for process 1 of a pid namespace (reboot(2), "Behavior inside PID namespaces")."""
-        ended: dict[str, Any] = {"at": time(), "by": self._stopping or "guest", "status": 0}
+        ended: dict[str, Any] = {"at": time(), "by": self.stopping or "guest", "status": 0}
         if status is None:
-            return ended | {"kind": "unknown", "by": self._stopping or "host"}
-        if status == signal.SIGKILL and not self._stopping:
+            return ended | {"kind": "unknown", "by": self.stopping or "host"}
+        if status == signal.SIGKILL and not self.stopping:
             if cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills:
                 return ended | {"kind": "oom", "by": "kernel", "status": status}
-            if self._ours:
+            if self.ours:
                 return ended | {"kind": "signal", "by": "host", "status": status}
-        if status in (0, signal.SIGKILL) and not self._ours and not self._killed:
+        if status in (0, signal.SIGKILL) and not self.ours and not self.killed:
             # The INT or HUP that reboot(2) leaves is told to init's parent only, which is not us.
-            return ended | {"kind": "poweroff" if self._stopping else "unknown"}
+            return ended | {"kind": "poweroff" if self.stopping else "unknown"}
         if os.WIFEXITED(status):
             return ended | {"kind": "exit", "status": os.WEXITSTATUS(status)}
         number = os.WTERMSIG(status)
@@ -336,9 +352,9 @@ class Jail:
     def _forget(self) -> None:
         """The process is gone: so are its console, its notify socket and its state."""
         self.state, self.pidfd = None, -1
-        if self._notify is not None:
-            self._notify.close()
-            self._notify = None
+        if self.notify is not None:
+            self.notify.close()
+            self.notify = None
         if self.console is not None:
             self.console.close()
             self.console = None

@@ -36,6 +36,8 @@ class Loop:
         self._watched: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
         self._going = True
+        self.idle: Callable[[], None] | None = None
+        """Called after each round of events, while it is set."""
 
     def watch(self, fd: int, callback: Callable[[int], None], events: int = READ) -> None:
         """Call `callback(events)` while `fd` is ready; HUP and ERR come along (epoll_ctl(2))."""
@@ -78,3 +80,5 @@ class Loop:
                         timer.callback()
                     except Exception:  # noqa: BLE001
                         sys.excepthook(*sys.exc_info())
+            if self.idle is not None:
+                self.idle()

@@ -41,6 +41,11 @@ class Notify:
         self._rest: Timer | None = None
         self._listen()
 
+    @property
+    def fd(self) -> int | None:
+        """None once it has ended."""
+        return None if self._sock is None else self._sock.fileno()
+
     def close(self) -> None:
         sock, self._sock = self._sock, None
         if sock is None:

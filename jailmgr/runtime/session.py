@@ -12,10 +12,12 @@ import termios
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import archive, cgroups, enter, process, protocol, spawn
+from jailmgr.runtime.child import Child, told
 from jailmgr.runtime.jail import Jail, signal_number
-from jailmgr.runtime.pty import check_master, fs_type
+from jailmgr.runtime.pty import fs_type
 
 if TYPE_CHECKING:
     from jailmgr.runtime.supervisor import Supervisor
@@ -26,132 +28,38 @@ _OF_INIT = {"TERM", "GLIBC_TUNABLES"}
 _PIPEFS_MAGIC = 0x50495045
 
 
-class Child:
-    """A program in a jail that belongs to a session: its control socket, and its pidfd once it is known."""
-
-    def __init__(self, session: Session, enterer: int, control: socket.socket) -> None:
-        self._session = session
-        self._control: socket.socket | None = control
-        self._enterer = os.pidfd_open(enterer)
-        self._pidfd = -1
-        self._signalled = False
-        self._failed: dict[str, Any] | None = None
-        self._loop = session.supervisor.loop
-        self._loop.watch(self._enterer, lambda _: self._entered())
-        self._loop.watch(control.fileno(), self._control_ready)
-
-    def signal(self, number: int) -> None:
-        """Before there is a program the enterer takes it: a guest that has frozen `.exec` would keep that for ever."""
-        self._signalled = True
-        target = self._pidfd if self._pidfd >= 0 else self._enterer
-        if target >= 0:
-            try:
-                signal.pidfd_send_signal(target, number)
-            except ProcessLookupError:
-                return
-
-    def _entered(self) -> None:
-        """The enterer has ended: what it said is there to read."""
-        self._loop.forget(self._enterer)
-        info = os.waitid(os.P_PIDFD, self._enterer, os.WEXITED)
-        os.close(self._enterer)
-        self._enterer = -1
-        while self._control is not None and self._heard():
-            pass
-        if self._pidfd >= 0:
-            return
-        self._session.supervisor.strays.look()
-        if self._signalled and self._failed is None and info is not None and info.si_code != os.CLD_EXITED:
-            self._session.finish({"exit": {"signal": info.si_status}})
-        else:
-            self._session.finish(self._failed or _error(JailmgrError("exec", "the jail ended")))
-
-    def _control_ready(self, _: int) -> None:
-        self._heard()
-
-    def _heard(self) -> bool:
-        if self._control is None:
-            return False
-        try:
-            said = protocol.receive(self._control)
-        except BlockingIOError:
-            return False
-        except (OSError, ValueError):
-            said = None
-        if said is None:
-            self._loop.forget(self._control.fileno())
-            self._control.close()
-            self._control = None
-            return False
-        if "error" in said.body:
-            self._failed = said.body
-        elif "tty" in said.body and said.fds:
-            self._offer_terminal(said.fds)
-        elif "pid" in said.body and self._pidfd < 0:
-            self._take_program(int(said.body["pid"]))
-        else:
-            protocol.close_all(said.fds)
-        return True
-
-    def _take_program(self, pid: int) -> None:
-        """A child of ours, or it is not what it says and no signal goes there: ChildProcessError (waitid(2))."""
-        pidfd = os.pidfd_open(pid)
-        try:
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            os.close(pidfd)
-            raise
-        self._pidfd = pidfd
-        self._loop.watch(pidfd, lambda _: self._ended())
-
-    def _offer_terminal(self, fds: list[int]) -> None:
-        try:
-            check_master(fds[0])
-            self._session.tell({"tty": True}, fds[:1])
-        except JailmgrError as error:
-            self._failed = _error(error)
-        finally:
-            protocol.close_all(fds)
-
-    def _ended(self) -> None:
-        while self._heard():
-            pass
-        self._loop.forget(self._pidfd)
-        info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        os.close(self._pidfd)
-        self._pidfd = -1
-        if self._failed is not None:
-            self._session.finish(self._failed)
-        elif info is not None:
-            kind = "code" if info.si_code == os.CLD_EXITED else "signal"
-            self._session.finish({"exit": {kind: info.si_status}})
-
-
 class Session:
     """A client. `closed` is called once, when nothing of it is left."""
 
     def __init__(self, supervisor: Supervisor, sock: socket.socket, closed: Callable[[Session], None]) -> None:
         self.supervisor = supervisor
-        self._sock = sock
+        self.sock = sock
         self._closed = closed
         self._open = True
-        self._child: Child | None = None
-        self._jail: Jail | None = None
+        self.child: Child | None = None
+        self.console_of: Jail | None = None
+        self.stops = ""
+        """Name of the jail whose end is waited for."""
         self._on_close: Callable[[], None] | None = None
         sock.setblocking(False)
         supervisor.loop.watch(sock.fileno(), lambda _: self._ready())
+
+    @property
+    def steady(self) -> bool:
+        """Whether all that it waits for can be told to another release."""
+        return self._on_close is None and (self.child is None or self.child.steady)
 
     def tell(self, body: dict[str, Any], fds: list[int] | None = None) -> None:
         """Answer; a client that has gone or doesn't read is let go."""
         if self._open:
             try:
-                protocol.send(self._sock, body, fds)
+                protocol.send(self.sock, body, fds)
             except OSError:
                 self.close()
 
     def finish(self, body: dict[str, Any]) -> None:
         """The last word of a program's session."""
-        self._child = None
+        self.child = None
         self._on_close = None
         self.tell(body)
 
@@ -159,18 +67,18 @@ class Session:
         if not self._open:
             return
         self._open = False
-        self.supervisor.loop.forget(self._sock.fileno())
-        self._sock.close()
-        if self._child is not None:
-            self._child.signal(signal.SIGHUP)
-            self._child.signal(signal.SIGCONT)
+        self.supervisor.loop.forget(self.sock.fileno())
+        self.sock.close()
+        if self.child is not None:
+            self.child.signal(signal.SIGHUP)
+            self.child.signal(signal.SIGCONT)
         if self._on_close is not None:
             self._on_close()
         self._closed(self)
 
     def _ready(self) -> None:
         try:
-            message = protocol.receive(self._sock)
+            message = protocol.receive(self.sock)
         except BlockingIOError:
             return
         except (OSError, ValueError):
@@ -180,20 +88,21 @@ class Session:
             return
         try:
             operation = _OPERATIONS.get(str(message.body.get("op")))
-            if operation is None or message.body.get("v") != protocol.VERSION:
+            spoken = message.body.get("v") == protocol.VERSION or operation in (Session._hello, Session._reexec)
+            if operation is None or not spoken:
                 raise JailmgrError("supervisor", f"does not know {message.body.get('op')!r}", "", "invalid")
             operation(self, message.body, message.fds)
         except JailmgrError as error:
-            self.tell(_error(error))
+            self.tell(told(error))
         except OSError as error:
-            self.tell(_error(from_os("supervisor", error)))
+            self.tell(told(from_os("supervisor", error)))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            self.tell(_error(JailmgrError("request", f"malformed ({error!r})", "", "invalid")))
+            self.tell(told(JailmgrError("request", f"malformed ({error!r})", "", "invalid")))
         finally:
             protocol.close_all(message.fds)
 
     def _hello(self, body: dict[str, Any], fds: list[int]) -> None:
-        self.tell({"v": protocol.VERSION, "pid": os.getpid()})
+        self.tell({"v": protocol.VERSION, "pid": os.getpid(), "release": __version__})
 
     def _status(self, body: dict[str, Any], fds: list[int]) -> None:
         running = {name: jail.state._asdict() for name, jail in self.supervisor.jails.items() if jail.state}
@@ -223,7 +132,7 @@ class Session:
         def ended(ending: dict[str, Any]) -> None:
             if up in started.ready_waiters or started.state is None:
                 timer.cancel()
-                self.tell(_error(JailmgrError(f"jail {name}", f"ended before it was up ({ending['kind']})")))
+                self.tell(told(JailmgrError(f"jail {name}", f"ended before it was up ({ending['kind']})")))
 
         jail.ready_waiters.append(up)
         jail.waiters.append(ended)
@@ -237,16 +146,33 @@ class Session:
 
     def _not_up(self, jail: Jail) -> None:
         why = "its init has not told that the system is up; the jail runs on"
-        self.tell(_error(JailmgrError(f"jail {jail.name}", why, f"See: jailmgr logs {jail.name}")))
+        self.tell(told(JailmgrError(f"jail {jail.name}", why, f"See: jailmgr logs {jail.name}")))
 
     def _stop(self, body: dict[str, Any], fds: list[int]) -> None:
         jail = self.supervisor.jails.get(body["jail"])
         if jail is None or not jail.alive:
             raise JailmgrError(f"jail {body['jail']}", "is not running", "", "conflict")
-        jail.waiters.append(lambda ending: self.tell({"last": ending}))
+        self.wait_for_end(jail)
         number = body.get("signal") or jail.bundle.stop_signal
         by = "host" if body.get("by") == "host" else "admin"
         jail.stop(number, float(body.get("timeout", 30)), bool(body.get("force")), by)
+
+    def wait_for_end(self, jail: Jail) -> None:
+        """Tell how it ended, once it has."""
+        self.stops = jail.name
+        jail.waiters.append(self._tell_end)
+
+    def _tell_end(self, ending: dict[str, Any]) -> None:
+        self.stops = ""
+        self.tell({"last": ending})
+
+    def _reexec(self, body: dict[str, Any], fds: list[int]) -> None:
+        """Become another release of the supervisor, as soon as nothing is half done (runtime/reexec.py)."""
+        argv = [str(word) for word in body["argv"]]
+        if not argv or not argv[0].startswith("/"):
+            raise ValueError("a program by its path")
+        self.tell({"pid": os.getpid()})
+        self.supervisor.reexec_when_steady(argv)
 
     def _run(self, body: dict[str, Any], fds: list[int]) -> None:
         """A jail for one program, with the caller's pipes; it is killed when the caller goes."""
@@ -271,11 +197,11 @@ class Session:
         bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
         work = lambda sock: enter.run(sock, command, fds, bundle, bpf)  # noqa: E731
         enterer, control = enter.enter(jail.pidfd, bundle, supervisor.host.hierarchies, fds, work)
-        self._child = Child(self, enterer, control)
+        self.child = Child(self, enterer, control)
 
     def _signal(self, body: dict[str, Any], fds: list[int]) -> None:
-        if self._child is not None:
-            self._child.signal(signal_number(str(body["signal"])))
+        if self.child is not None:
+            self.child.signal(signal_number(str(body["signal"])))
 
     def _archive(self, body: dict[str, Any], fds: list[int]) -> None:
         """`cp`: in a running jail by entering it, in a stopped one by a process 1 of our own in its place."""
@@ -302,7 +228,7 @@ class Session:
                 copy()
 
             enterer, control = enter.enter(jail.pidfd, bundle, hierarchies, fds, work)
-            self._child = Child(self, enterer, control)
+            self.child = Child(self, enterer, control)
             return
         visitor = Jail(supervisor.host, body["jail"], body["lib"])
         visitor.visit(spawn.Payload(copy, fds))
@@ -316,7 +242,7 @@ class Session:
         try:
             mark = jail.log.mark()
             jail.watch_console(ours, bool(body.get("typed")))
-            self._jail = jail
+            self.console_of = jail
             self.tell({"inode": mark[0], "size": mark[1]}, [theirs.fileno()])
         except JailmgrError:
             ours.close()
@@ -326,13 +252,14 @@ class Session:
 
     def _window(self, body: dict[str, Any], fds: list[int]) -> None:
         """The size of the terminal in front of the console (TIOCSWINSZ)."""
-        if self._jail is not None and self._jail.console is not None:
+        if self.console_of is not None and self.console_of.console is not None:
             size = struct.pack("HHHH", int(body["rows"]), int(body["columns"]), 0, 0)
-            fcntl.ioctl(self._jail.console.master, termios.TIOCSWINSZ, size)
+            fcntl.ioctl(self.console_of.console.master, termios.TIOCSWINSZ, size)
 
 
 _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
     "hello": Session._hello,
+    "reexec": Session._reexec,
     "status": Session._status,
     "start": Session._start,
     "stop": Session._stop,
@@ -343,10 +270,6 @@ _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
     "console": Session._console,
     "window": Session._window,
 }
-
-
-def _error(error: JailmgrError) -> dict[str, Any]:
-    return {"error": error.as_dict()}
 
 
 def _give_pipes(fds: list[int], base: int) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from jailmgr import __version__
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, process, protocol, scope
 from jailmgr.runtime import syscalls as kernel
@@ -36,22 +37,24 @@ LOG_MAX = 256 * 1024
 class Supervisor:
     """The listening socket, its sessions and the jails."""
 
-    def __init__(self, run: str, listener: socket.socket) -> None:
+    def __init__(self, run: str, listener: socket.socket, lock: int) -> None:
+        self.lock = lock
+        """Held for life (flock(2)): who has it is the tenant's supervisor."""
         self.loop = Loop()
         self.strays = Strays(self.loop)
         self.host = Host(self.loop, run, cgroups.discover(), self._changed)
         self.jails: dict[str, Jail] = {}
-        self._listener = listener
-        self._sessions: set[Session] = set()
+        self.listener = listener
+        self.sessions: set[Session] = set()
         self._asked = False
+        self._successor: list[str] = []
         self.loop.watch(listener.fileno(), lambda _: self._accept())
-        adopt_all(self.host, self.jails)
 
     def run(self) -> None:
         """Until there is nothing to supervise."""
         self.loop.after(5.0, self._end_if_idle)
         self.loop.run()
-        self._listener.close()
+        self.listener.close()
 
     def find(self, name: str) -> Jail:
         """A jail that is alive; JailmgrError when it isn't."""
@@ -62,17 +65,38 @@ class Supervisor:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = self.listener.accept()
         except OSError:
             return
         if protocol.peer_uid(sock) != 0:
             sock.close()
             return
         self._asked = True
-        self._sessions.add(Session(self, sock, self._closed))
+        self.add_session(sock)
+
+    def add_session(self, sock: socket.socket) -> Session:
+        session = Session(self, sock, self._closed)
+        self.sessions.add(session)
+        return session
+
+    def reexec_when_steady(self, argv: list[str]) -> None:
+        """Become `argv` (reexec.argv_of) once nothing is half done; looked at after each event."""
+        self._successor = argv
+        self.loop.idle = self._reexec_if_steady
+
+    def _reexec_if_steady(self) -> None:
+        from jailmgr.runtime import reexec
+
+        if reexec.steady(self):
+            self.loop.idle = None
+            note(f"goes over to {self._successor[-2]}")
+            try:
+                reexec.replace(self, self._successor)
+            except OSError as error:
+                note(f"stays: {error}")
 
     def _closed(self, session: Session) -> None:
-        self._sessions.discard(session)
+        self.sessions.discard(session)
         self._end_if_idle()
 
     def _changed(self, jail: Jail) -> None:
@@ -83,7 +107,7 @@ class Supervisor:
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:
-        if not self.jails and not self._sessions:
+        if not self.jails and not self.sessions:
             self.loop.stop()
 
 
@@ -95,9 +119,32 @@ def start(run: str, ready: Callable[[], None]) -> None:
     me = Process(pid, start_time(pid) or 0)
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps(me._asdict()).encode(), 0)
-    supervisor = Supervisor(run, protocol.listen(run, SOCKET))
+    supervisor = Supervisor(run, protocol.listen(run, SOCKET), lock)
+    adopt_all(supervisor.host, supervisor.jails)
     ready()
     supervisor.run()
+
+
+def resume(run: str, memfd: int) -> None:
+    """Go on where the release before left off, in the same process; with -1 for `memfd`, see that all is there to."""
+    from jailmgr.runtime import reexec
+
+    if memfd < 0:
+        return
+    content = reexec.load(memfd)
+    _settle_in()
+    supervisor = Supervisor(run, socket.socket(fileno=content["listener"]), content["lock"])
+    reexec.restore(supervisor, content)
+    note(f"release {__version__} goes on with {len(supervisor.jails)} jails")
+    supervisor.run()
+
+
+def _settle_in() -> None:
+    """What a process of ours is, and no execve(2) hands on."""
+    kernel.set_name("jailmgr-super")
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    gc.collect()
+    gc.freeze()
 
 
 def main(run: str, ready_fd: int, group: str = "") -> None:
@@ -113,13 +160,10 @@ def main(run: str, ready_fd: int, group: str = "") -> None:
     kernel.close_all_but(ready_fd)
     _own_stdio(f"{run}/{SUPERVISOR_LOG}")
     process.reset_signals()
-    kernel.set_name("jailmgr-super")
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    gc.collect()
-    gc.freeze()
+    _settle_in()
 
     def ready() -> None:
         os.write(ready_fd, b"\n")
