@@ -162,6 +162,8 @@ class JailInfo(JailView, frozen=True):
     log: str = ""
     pool: str = ""
     idmap: str = ""
+    apparmor: str = ""
+    """Profile and mode of a running jail's init, `jailmgr (enforce)`; empty on hosts without AppArmor."""
     started_at: str | None = None
     last_ended: Ending | None = None
     restarts: int = 0

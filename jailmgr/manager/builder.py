@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jailmgr import claims
+from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import BUILD_TENANT as TENANT
 from jailmgr.manager.host import Cancelled, Manager
 from jailmgr.manager.plan import cgroup_of, seccomp_filter
@@ -47,6 +48,7 @@ def run_in_build(m: Manager, name: str, target: str, idmap_base: int, cancelled:
             terminal=False,
             limits=LIMITS,
             seccomp=seccomp_filter(m.root, raw_volume=True),
+            apparmor=ensure_profile(m.root),
         )
         save_bundle(lib, compile_bundle(plan))
         with _killed_when(cancelled, lambda: cgroups.kill(m.hierarchies, cgroup)):

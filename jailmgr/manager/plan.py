@@ -13,6 +13,7 @@ from typing import Any
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.keys import Config, Devices, parse_bool
+from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.model import Jail, Network, Nic, Recipe
 from jailmgr.network.bridge import bridge_name, uplink_mtu
@@ -119,7 +120,7 @@ def stop_timeout(jail: Jail, recipe: Recipe) -> int:
 
 
 def make_plan(m: Manager, jail: Jail) -> Plan:
-    """All that the jail's start depends on. Reads the store; changes nothing but the kept seccomp filter."""
+    """All that the jail's start depends on. Reads the store; changes only the kept filter and the loaded profile."""
     image = m.store.find_image(jail.image)
     if image is None:
         raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
@@ -144,6 +145,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic) for nic in jail.nics],
         limits=limits_with_io(m, jail),
         seccomp=seccomp_filter(m.root),
+        apparmor=ensure_profile(m.root),
         restart=jail.config.get("restart", "no"),
     )
 

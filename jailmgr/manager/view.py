@@ -12,7 +12,7 @@ from jailmgr.manager.host import DEFAULT_TENANT, Manager
 from jailmgr.manager.plan import cgroup_of, cpus_of, disk_of, limits_of
 from jailmgr.manager.ports import ports_of
 from jailmgr.model import Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
-from jailmgr.runtime import cgroups
+from jailmgr.runtime import apparmor, cgroups
 from jailmgr.runtime.bundle import ID_SIZE
 from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process
 from jailmgr.storage.volume import committed_usage, volume_usage
@@ -109,6 +109,7 @@ def info(m: Manager, tenant: str, name: str) -> JailInfo:
             "netns": f"/proc/{pid}/ns/net",
             "cgroups": cgroups.directories(m.hierarchies, cgroup_of(m.root, tenant, name)),
             "rootfs": f"/proc/{pid}/root",
+            "apparmor": apparmor.label_of(pid),
             "started_at": rfc3339(state.started_at),
             "restarts": state.restarts,
         }

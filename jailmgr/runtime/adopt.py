@@ -105,7 +105,8 @@ def _give_console(host: Host, jail: Jail) -> None:
     host.loop.watch(watch, lambda _: done(watch))
 
 
-def _replace_console(sock: socket.socket) -> None:
+def _replace_console(sock: socket.socket, _proc: int) -> None:
+    """Mounts as init did before its exec, and execs nothing: it stays out of the jail's profile as that did."""
     pty = open_pty("/dev/ptmx")
     try:
         kernel.umount("/dev/console", kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)

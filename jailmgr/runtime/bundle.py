@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     limits: Limits = Limits()
     seccomp: str = ""
     """File of the compiled `linux.seccomp` section; empty for none."""
+    apparmor: str = ""
+    """Name of the loaded AppArmor profile; empty where the host has none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
 
@@ -99,6 +101,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "seccomp": plan.seccomp,
         "restart": plan.restart,
     }
+    profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
     return {
         "ociVersion": "1.2.0",
         "process": {
@@ -110,6 +113,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
             "capabilities": {kind: list(BOUNDING) for kind in ("bounding", "effective", "permitted")},
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1048576}],
             "noNewPrivileges": False,
+            **profile,
         },
         "root": {"path": plan.volume, "readonly": False},
         "hostname": plan.hostname,
@@ -185,6 +189,7 @@ class Bundle(NamedTuple):
     notify: bool
     nics: list[dict[str, Any]]
     seccomp: str
+    apparmor: str
     restart: str
 
 
@@ -235,6 +240,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         notify=json.loads(own["notify"]),
         nics=json.loads(own["nics"]),
         seccomp=own["seccomp"],
+        apparmor=process.get("apparmorProfile", ""),
         restart=own["restart"],
     )
 

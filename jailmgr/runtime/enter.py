@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.runtime import cgroups, process, protocol
+from jailmgr.runtime import apparmor, cgroups, process, protocol
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -65,11 +65,12 @@ def enter(
     bundle: Bundle,
     hierarchies: Hierarchies,
     keep: list[int],
-    work: Callable[[socket.socket], None],
+    work: Callable[[socket.socket, int], None],
 ) -> tuple[int, socket.socket]:
-    """Fork a child into the jail that does `work(control)`: the enterer's pid and our end of the control socket.
+    """Fork a child into the jail that does `work(control, proc)`: the enterer's pid and our end of the control socket.
 
-    The child keeps only `keep` of our fds. Messages come from it: {"pid": N} of the program, {"error": …}.
+    `proc` is of apparmor.open_proc. The child keeps only `keep` of our fds. Messages come from it: {"pid": N} of the
+    program, {"error": …}.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -110,9 +111,10 @@ def _enterer(
     bundle: Bundle,
     hierarchies: Hierarchies,
     keep: list[int],
-    work: Callable[[socket.socket], None],
+    work: Callable[[socket.socket, int], None],
 ) -> None:
     kernel.close_all_but(sock.fileno(), init_pidfd, *keep)
+    proc = apparmor.open_proc(bundle.apparmor)
     cgroups.join_self(cgroups.open_tasks(hierarchies, bundle.cgroup))
     process.shut_imports()
     process.reset_signals()
@@ -126,12 +128,13 @@ def _enterer(
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     pid = kernel.clone(kernel.CLONE_PARENT)
     if pid == 0:
-        process.trap("exec", partial(protocol.send, sock), lambda: work(sock))
+        process.trap("exec", partial(protocol.send, sock), lambda: work(sock, proc))
     protocol.send(sock, {"pid": pid})
 
 
-def run(sock: socket.socket, command: Command, stdio: list[int], bundle: Bundle, bpf: bytes) -> None:
+def run(sock: socket.socket, proc: int, command: Command, stdio: list[int], bundle: Bundle, bpf: bytes) -> None:
     """The program's side: terminal or fds, user, directory, privileges, exec. Runs in the jail."""
+    apparmor.at_exec(bundle.apparmor, proc)
     if command.tty:
         pty = open_pty("/dev/ptmx")
         account = find_account(command.user)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.runtime import archive, cgroups, enter, process, protocol, spawn
+from jailmgr.runtime import apparmor, archive, cgroups, enter, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
 from jailmgr.runtime.jail import Jail, signal_number
 from jailmgr.runtime.pty import fs_type
@@ -195,7 +195,7 @@ class Session:
             _check_stdio(fds)
             _give_pipes(fds, jail.bundle.idmap_base)
         bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
-        work = lambda sock: enter.run(sock, command, fds, bundle, bpf)  # noqa: E731
+        work = lambda sock, proc: enter.run(sock, proc, command, fds, bundle, bpf)  # noqa: E731
         enterer, control = enter.enter(jail.pidfd, bundle, supervisor.host.hierarchies, fds, work)
         self.child = Child(self, enterer, control)
 
@@ -223,8 +223,9 @@ class Session:
             _check_not_paused(jail, hierarchies)
             bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
 
-            def work(_: socket.socket) -> None:
+            def work(_: socket.socket, proc: int) -> None:
                 process.become(bundle.capabilities, bpf)
+                apparmor.at_once(bundle.apparmor, proc)
                 copy()
 
             enterer, control = enter.enter(jail.pidfd, bundle, hierarchies, fds, work)

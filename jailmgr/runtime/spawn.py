@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import capabilities, cgroups, netlink, process, protocol, rootfs
+from jailmgr.runtime import apparmor, capabilities, cgroups, netlink, process, protocol, rootfs
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -240,6 +240,7 @@ def _init(
     process.shut_imports()
     process.reset_signals()
     os.umask(0o022)
+    proc = apparmor.open_proc(bundle.apparmor)
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     layers = _go(sock).fds
@@ -266,11 +267,13 @@ def _init(
     protocol.close_all(shown)
     if payload is not None:
         process.become(bundle.capabilities, bpf)
+        apparmor.at_once(bundle.apparmor, proc)
         payload.work()
         return
     _stand_on(console.slave if console else None, stdio)
     process.set_limits(bundle.rlimits)
     process.become(bundle.capabilities, bpf)
+    apparmor.at_exec(bundle.apparmor, proc)
     process.execute(bundle.args, env)
 
 
