@@ -50,6 +50,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="'SHELL COMMAND'",
         help="reboot and run this as well, whatever became of the one before; may be repeated",
     )
+    parser.add_argument(
+        "--carry",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="of the working tree, that comes along although git ignores it; may be repeated",
+    )
     options = parser.parse_args(argv)
     options.commands = [options.command, *options.then]
     return options
@@ -77,7 +84,7 @@ def run(options: argparse.Namespace, cache: Path) -> int:
     accel = accelerator(cache, booted)
     ours, theirs = socket.socketpair()
     with ours, theirs, tempfile.TemporaryFile(dir=cache) as tree, tempfile.TemporaryFile(dir=cache) as console:
-        pack(tree, options.commands)
+        pack(tree, options.commands, options.carry)
         inherited = (theirs.fileno(), tree.fileno(), console.fileno())
         channel, tree_fd, console_fd = inherited
         machine = Machine(booted, str(wheels.file), f"/dev/fd/{tree_fd}", f"/dev/fd/{console_fd}", channel, accel)

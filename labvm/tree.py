@@ -26,11 +26,19 @@ def names() -> list[str]:
     return [name for name in found if os.path.lexists(TREE / name)]
 
 
-def pack(output: IO[bytes], commands: list[str]) -> None:
-    """A tar to unpack at the VM's root: the tree, and what runs the commands. All is root's."""
+def pack(output: IO[bytes], commands: list[str], carried: list[str]) -> None:
+    """A tar to unpack at the VM's root: the tree, and what runs the commands. All is root's.
+
+    `carried`: paths of files and folders in the tree that come along although git ignores them. LabError: not there.
+    """
     with tarfile.open(fileobj=output, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in names():
             tar.add(TREE / name, f"{guest.TREE}/{name}", recursive=False, filter=_of_root)
+        for path in map(Path, carried):
+            found = (TREE / path).resolve()
+            if not (found.exists() and found.is_relative_to(TREE)):
+                raise LabError(f"--carry {path}: it is not in the working tree")
+            tar.add(found, f"{guest.TREE}/{found.relative_to(TREE)}", filter=_of_root)
         for path, text in {guest.COMMANDS: json.dumps(commands), guest.SELF: Path(guest.__file__).read_text()}.items():
             entry = tarfile.TarInfo(str(path.relative_to("/")))
             entry.size = len(text.encode())

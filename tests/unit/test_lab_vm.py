@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labvm import guest
+from labvm import guest, tree
 from labvm.__main__ import parse
 from labvm.errors import FAILED, TIMED_OUT, LabError
 from labvm.image import Image, key, recipe
@@ -37,8 +37,10 @@ def frame(kind: bytes, payload: bytes) -> bytes:
 
 
 def test_options() -> None:
-    options = parse(["--release", "trixie", "--timeout", "90", "--disk", "20GiB", "a", "--then", "b", "--then", "c"])
+    argv = ["--release", "trixie", "--timeout", "90", "--disk", "20GiB", "--carry", "dist", "a", "--then", "b"]
+    options = parse([*argv, "--then", "c"])
     assert (options.release, options.timeout, options.disk) == ("trixie", 90.0, 20 * GIB)
+    assert options.carry == ["dist"]
     assert options.commands == ["a", "b", "c"]
 
 
@@ -86,7 +88,7 @@ def test_key_changes_with_what_goes_in() -> None:
 
 def test_pack_is_the_tree_as_it_is_now() -> None:
     with tempfile.TemporaryFile() as file:
-        pack(file, ["true"])
+        pack(file, ["true"], [])
         file.seek(0)
         with tarfile.open(fileobj=file) as tar:
             members = {member.name: member for member in tar}
@@ -94,6 +96,23 @@ def test_pack_is_the_tree_as_it_is_now() -> None:
     assert not any(name.startswith("root/jailmgr/.venv") for name in members)
     assert {member.uid for member in members.values()} == {0}
     assert members["root/jailmgr/script/lab-vm"].mode & 0o111, TREE
+
+
+def test_what_git_ignores_is_carried_where_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "TREE", tmp_path)
+    monkeypatch.setattr(tree, "names", list)
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "x.deb").write_bytes(b"deb")
+    with tempfile.TemporaryFile() as file:
+        pack(file, ["true"], ["dist"])
+        file.seek(0)
+        with tarfile.open(fileobj=file) as tar:
+            carried = tar.extractfile("root/jailmgr/dist/x.deb")
+            assert carried is not None
+            assert carried.read() == b"deb"
+        for wrong in ("missing", "..", "/etc/passwd"):
+            with pytest.raises(LabError, match=wrong):
+                pack(file, ["true"], [wrong])
 
 
 @given(
