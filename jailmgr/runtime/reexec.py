@@ -2,8 +2,8 @@
 
     old: snapshot ─▶ memfd ─▶ execve ─▶ new: restore
 
-What a release writes, the next one must be able to read: `VERSION` changes where it can't be read by `restore` of the
-one before. Both are imported only when it comes to it. Standard library only.
+What a release writes, the next one must be able to read: `VERSION` changes where `restore` of the one before could not.
+Imported when a supervisor begins, since later the files may be another release's. Standard library only.
 """
 
 from __future__ import annotations

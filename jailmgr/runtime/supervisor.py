@@ -20,7 +20,7 @@ from typing import Any
 
 from jailmgr import __version__
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, process, protocol, scope
+from jailmgr.runtime import cgroups, process, protocol, reexec, scope
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.adopt import adopt_all
 from jailmgr.runtime.jail import Host, Jail
@@ -85,8 +85,6 @@ class Supervisor:
         self.loop.idle = self._reexec_if_steady
 
     def _reexec_if_steady(self) -> None:
-        from jailmgr.runtime import reexec
-
         if reexec.steady(self):
             self.loop.idle = None
             note(f"goes over to {self._successor[-2]}")
@@ -127,8 +125,6 @@ def start(run: str, ready: Callable[[], None]) -> None:
 
 def resume(run: str, memfd: int) -> None:
     """Go on where the release before left off, in the same process; with -1 for `memfd`, see that all is there to."""
-    from jailmgr.runtime import reexec
-
     if memfd < 0:
         return
     content = reexec.load(memfd)

@@ -13,7 +13,7 @@ from debbuild.commands import HELP, read_commands, walk
 from debbuild.completions import SHELLS, completion
 from debbuild.control import depends
 from debbuild.manual import pages
-from jailmgr.manager.doctor import SYSCTLS
+from jailmgr.manager.doctor.host import SYSCTLS
 from labvm.tree import TREE
 
 ROOT = read_commands()
@@ -130,6 +130,6 @@ def test_maintainer_scripts_are_shell(name: str) -> None:
 def test_sysctl_file_gives_what_doctor_wants() -> None:
     lines = (TREE / "packaging/sysctl/jailmgr.conf").read_text().splitlines()
     values = dict(line.split(" = ") for line in lines if line and line[0] != "#")
-    given = {name: int(values[name.replace("/", ".")]) for name in SYSCTLS if not name.startswith("user/")}
+    given = {name: int(values[name]) for name in SYSCTLS if not name.startswith("user.")}
     assert given
     assert [name for name, value in given.items() if value < SYSCTLS[name][0]] == []

@@ -14,6 +14,7 @@ import pytest
 
 from jailmgr import __version__
 from jailmgr.config import find_root
+from jailmgr.runtime import attach
 from tests.system import instance
 from tests.system.instance import Instance, alive, until
 from tests.system.netns import run
@@ -120,6 +121,8 @@ def test_an_upgrade_touches_no_jail_and_no_open_exec(host: Instance) -> None:
     assert about["pid"] == int(unit_property("jailmgr.service", "MainPID")) != engine
     assert inits(host) == before
     assert host.info(JAILS[0])["supervisor_pid"] == supervisor
+    with attach.connect(host.root, "default", start=False) as connection:
+        until(lambda: connection.ask("hello").body["release"] == NEWER, 30, "the supervisor goes over, in place")
     assert host.sh(JAILS[1], "echo still here").out == "still here\n"
     host.sh(JAILS[1], "echo kept > /root/note && sync")
 
