@@ -17,7 +17,7 @@ from debbuild.manual import pages
 from labvm.tree import TREE, names
 
 VENV = "usr/lib/jailmgr"
-SOURCES = ("jailmgr/", "templates/", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("jailmgr/", "templates/", "packaging/apparmor/", "pyproject.toml", "README.md", "LICENSE")
 """What the wheel is made of."""
 COPIED = {
     "usr/lib/systemd/system": "packaging/systemd/*",
