@@ -7,7 +7,9 @@ import os
 import shutil
 
 from jailmgr import claims
+from jailmgr.manager import apparmor
 from jailmgr.manager.doctor.check import SBIN, Check, Severity, check, read
+from jailmgr.runtime import apparmor as apparmor_kernel
 
 TOOLS: dict[str, tuple[str, Severity, str]] = {
     "mkfs.btrfs": ("btrfs-progs", "error", "makes the storage pool"),
@@ -25,7 +27,6 @@ SYSCTLS = {
 }
 """Least values for some hundred jails, and why. More is in the package's sysctl.d file."""
 RESOLV_CONF = "/etc/resolv.conf"
-APPARMOR = "/sys/module/apparmor/parameters/enabled"
 SELINUX = "/sys/fs/selinux/enforce"
 
 
@@ -78,13 +79,17 @@ def _sysctl(name: str) -> int | None:
 
 def security_checks() -> list[Check]:
     """Linux security modules: what confines jails besides namespaces, and what may be in their way."""
-    found = []
-    if read(APPARMOR) == "Y":
-        parser = shutil.which("apparmor_parser", path=SBIN)
-        detail = "on" if parser else "on, but its profile for jails can't be loaded: no apparmor_parser"
-        found.append(check("AppArmor", parser is not None, detail, "apt install apparmor", "warning"))
+    if not apparmor_kernel.enabled():
+        found = [check("AppArmor", True, "not on here: jails go without its profile")]
+    elif apparmor.disabled():
+        detail = f"on, but the profile is switched off in {apparmor.ETC}/disable"
+        remedy = f"rm {apparmor.ETC}/disable/{apparmor_kernel.PROFILE}"
+        found = [check("AppArmor", False, detail, remedy, "warning")]
     else:
-        found.append(check("AppArmor", True, "not on here: jails go without its profile"))
+        parser = apparmor.find_parser()
+        loaded = "its profile for jails is loaded" if apparmor_kernel.loaded() else "the first jail loads its profile"
+        detail = f"on, {loaded}" if parser else "on, but its profile for jails can't be loaded: no apparmor_parser"
+        found = [check("AppArmor", bool(parser), detail, "apt install apparmor", "warning")]
     if (enforcing := read(SELINUX)) in ("0", "1"):
         detail = "enforcing, with no policy for jails" if enforcing == "1" else "permissive"
         remedy = "Where it refuses something to a jail (ausearch -m avc): setenforce 0."
