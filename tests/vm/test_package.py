@@ -79,6 +79,16 @@ def left() -> list[str]:
     return [*mounts, *links, *tables, *loops, *groups, *units, *processes()]
 
 
+def until_nothing_is_left() -> None:
+    found: list[str] = []
+
+    def nothing() -> bool:
+        found[:] = left()
+        return not found
+
+    until(nothing, 30, found)
+
+
 def inits(host: Instance) -> dict[str, int]:
     return {row["name"]: row["init_pid"] for row in host.json("list") if row["status"] == "Running"}
 
@@ -130,7 +140,7 @@ def test_an_upgrade_touches_no_jail_and_no_open_exec(host: Instance) -> None:
 def test_a_purge_stops_all_and_keeps_what_tenants_have(host: Instance) -> None:
     said = apt("purge", "jailmgr")
     assert f"default/{JAILS[0]}" in said
-    until(lambda: not left(), 30, left)
+    until_nothing_is_left()
     assert [place for place in PLACES if os.path.exists(place)] == ["/var/lib/jailmgr"]
     assert glob.glob(LINKS) == []
 
@@ -144,6 +154,6 @@ def test_installed_again_the_same_jails_run(host: Instance) -> None:
 def test_a_purge_without_jails_leaves_nothing(host: Instance) -> None:
     host("delete", "--force", "--all")
     apt("purge", "jailmgr")
-    until(lambda: not left(), 30, left)
+    until_nothing_is_left()
     assert [place for place in PLACES if os.path.exists(place)] == []
     assert glob.glob(LINKS) == []
