@@ -62,6 +62,11 @@ class Root(Record):
         return f"{self.lib}/pool/default.img"
 
     @property
+    def pool_tree(self) -> str:
+        """The directory that a pool of kind `project` is, mounted on `pool`."""
+        return f"{self.lib}/pool/default.tree"
+
+    @property
     def pool(self) -> str:
         """Mount point of the pool, below a 0700 directory."""
         return f"{self.lib}/pool/default"

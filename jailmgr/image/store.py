@@ -1,4 +1,4 @@
-"""Images in the pool: read-only subvolumes images/FINGERPRINT with `rootfs` in them, a FINGERPRINT.json beside each.
+"""Images in the pool: images/FINGERPRINT with `rootfs` in it that nobody writes to, a FINGERPRINT.json beside each.
 
 The JSON is the image's mark: it is written last and removed first, and what has none is swept away. Who changes
 something here holds a lock (flock(2)) on the directory.
@@ -18,9 +18,9 @@ import msgspec
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.image.fingerprint import disk_size, fingerprint
 from jailmgr.model import Image
-from jailmgr.storage import btrfs
+from jailmgr.storage.btrfs import directory
 from jailmgr.storage.pool import Pool
-from jailmgr.storage.volume import build_path, delete_subvolume, explained
+from jailmgr.storage.volume import build_path, explained, kind_of
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
 _SEALING = ".sealing"
@@ -29,20 +29,18 @@ _SEALING = ".sealing"
 def seal(pool: Pool, build: str, image: Image) -> Image:
     """Make an image of builds/BUILD/rootfs; `image` comes back with its fingerprint and size.
 
-    The build stays, for its maker to delete. An image of the same content that is there is kept, with what is told of
-    it replaced by `image` (but for when it was made). It is on disk when this returns. Raises JailmgrError `invalid`
-    where the root file system holds subvolumes, which no snapshot has, `full` where the pool is.
+    The build is left for its maker to delete, maybe without its root file system. An image of the same content that is
+    there is kept, with what is told of it replaced by `image` (but for when it was made). It is on disk when this
+    returns. Raises JailmgrError `invalid` where the root file system holds what the pool's kind can't have in an image,
+    `full` where the pool is.
     """
     at = _images(pool)
     scratch = f"{at}/{_SEALING}"
     try:
-        with _lock(pool) as images, btrfs.directory(build_path(pool, build)) as source:
+        with _lock(pool) as images:
             _delete(pool, scratch)
-            if nested := btrfs.nested_subvolumes(source, btrfs.subvolume_id(source)):
-                why = f"the build made {len(nested)} btrfs subvolumes, which an image can't hold"
-                raise JailmgrError(f"image of {image.template}", why, "Have it make plain directories.", "invalid")
-            btrfs.snapshot(source, images, _SEALING)
             try:
+                kind_of(pool).take_build(pool, build_path(pool, build), scratch)
                 _strip(scratch)
                 rootfs = f"{scratch}/rootfs"
                 image = msgspec.structs.replace(image, fingerprint=fingerprint(rootfs), size_bytes=disk_size(rootfs))
@@ -51,10 +49,9 @@ def seal(pool: Pool, build: str, image: Image) -> Image:
                     image = msgspec.structs.replace(image, created_at=kept.created_at)
                 else:
                     _delete(pool, f"{at}/{image.fingerprint}")
-                    with btrfs.directory(scratch) as made:
-                        btrfs.set_read_only(made, True)
+                    kind_of(pool).settle_image(pool, scratch)
                     os.rename(scratch, f"{at}/{image.fingerprint}")
-                    btrfs.sync(images)
+                    os.fsync(images)
                 _write(pool, image)
             finally:
                 _delete(pool, scratch)
@@ -107,7 +104,7 @@ def _images(pool: Pool) -> str:
 
 @contextmanager
 def _lock(pool: Pool, flags: int = 0) -> Iterator[int]:
-    with btrfs.directory(_images(pool)) as fd:
+    with directory(_images(pool)) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | flags)
         yield fd
 
@@ -126,7 +123,7 @@ def _strip(scratch: str) -> None:
 
 def _delete(pool: Pool, path: str) -> None:
     if os.path.lexists(path):
-        delete_subvolume(pool, path, f"image {os.path.basename(path)[:12]}")
+        kind_of(pool).delete_tree(pool, path)
 
 
 def _read(pool: Pool, fp: str) -> Image | None:
@@ -150,5 +147,5 @@ def _write(pool: Pool, image: Image) -> None:
         file.flush()
         os.fsync(fd)
     os.rename(f"{path}.new", path)
-    with btrfs.directory(_images(pool)) as images:
+    with directory(_images(pool)) as images:
         os.fsync(images)

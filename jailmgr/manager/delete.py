@@ -15,6 +15,7 @@ from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.state import remove_state
+from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import delete_volume
 from jailmgr.store import CREATING, DELETING
 
@@ -44,7 +45,7 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
     networks.forget(m, jail)
     for name in filter(None, (jail.name, other_name)):
         cgroups.remove(m.hierarchies, cgroup_of(m.root, jail.tenant, name))
-        if os.path.exists(m.root.pool_file):
+        if is_made(m.root):
             delete_volume(m.pool, jail.tenant, name, jail.id)
         lib = m.root.jail_lib(jail.tenant, name)
         if os.path.isdir(lib):

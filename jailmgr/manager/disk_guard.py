@@ -1,9 +1,10 @@
 """The host's disk running full under the pool: whoever writes is held still before a write of the pool could fail.
 
-The pool's file is sparse, so others can use up the space it counts on; btrfs answers one failed write of its own by
-turning read-only, under every jail. A thread looks at how much is left, the more often the less that is. When too
-little is, running jails are frozen, builds given up and starts refused; when there is space again, the jails that it
-froze run on. Data still dirty in memory will want space too, so it counts as used.
+A btrfs pool's file is sparse, so others can use up the space it counts on; btrfs answers one failed write of its own
+by turning read-only, under every jail. A pool of kind `project` is the host's own disk, which jails without a limit
+would fill under everything else. A thread looks at how much is left, the more often the less that is. When too little
+is, running jails are frozen, builds given up and starts refused; when there is space again, the jails that it froze
+run on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jailmgr.manager.plan import cgroup_of
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.jsonfile import read_json, write_json
 from jailmgr.runtime.state import running_jails
-from jailmgr.storage.pool import host_headroom
+from jailmgr.storage.pool import writable
 from jailmgr.units import format_size
 
 if TYPE_CHECKING:
@@ -38,21 +39,11 @@ log = logging.getLogger(__name__)
 
 
 def space_left(root: Root) -> int | None:
-    """Bytes that jails may still write before the host's disk is in danger; None where it has room for all of the pool.
+    """Bytes that jails may still write before the host's disk is in danger; None where it can't be, by them.
 
     Raises OSError.
     """
-    if host_headroom(root) > FLOOR:
-        return None
-    host = os.statvfs(root.pool_file)
-    return host.f_bavail * host.f_frsize - _dirty() - FLOOR
-
-
-def _dirty() -> int:
-    """Bytes in memory that are not on any disk yet (proc_meminfo(5))."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        told = dict(line.split(":") for line in file)
-    return sum(int(told[key].split()[0]) for key in ("Dirty", "Writeback")) * 1024
+    return writable(root, FLOOR)
 
 
 class DiskGuard:
@@ -100,7 +91,7 @@ class DiskGuard:
 
     def _look(self) -> float:
         """One look, and what follows from it; seconds until the next."""
-        left = space_left(self._m.root) if os.path.exists(self._m.root.pool_file) else None
+        left = space_left(self._m.root)
         held = self._held()
         if left is not None and left <= 0:
             if not self._full:

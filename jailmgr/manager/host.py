@@ -18,7 +18,7 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
-from jailmgr.storage.pool import Pool, close_pool, open_pool
+from jailmgr.storage.pool import Pool, close_pool, is_made, open_pool
 from jailmgr.store import READY, Row, Store
 
 if TYPE_CHECKING:
@@ -157,10 +157,10 @@ class Manager:
         """The storage pool, opened (and on first use made) when it is first asked for."""
         with self._pool_lock:
             if self._pool is None:
-                if not os.path.exists(self.root.pool_file) and (jails := self.store.jails()):
+                if not is_made(self.root) and (jails := self.store.jails()):
                     raise JailmgrError(
-                        f"pool {self.root.pool_file}",
-                        f"the file is gone, with the volumes of {len(jails)} jails in it",
+                        f"pool {self.root.pool}",
+                        f"it is gone, with the volumes of {len(jails)} jails in it",
                         "Put it back from a backup, or delete the jails (jailmgr delete --force --all) to begin anew.",
                     )
                 self._pool = open_pool(self.root)

@@ -14,8 +14,8 @@ from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.network import bridge, dns, firewall
 from jailmgr.runtime import cgroups, netlink
 from jailmgr.runtime.state import engine_runs, load_state, read_state, remove_state, running_jails
-from jailmgr.storage.pool import open_pool
-from jailmgr.storage.volume import delete_volume, list_builds, list_volumes
+from jailmgr.storage.pool import is_open, open_pool
+from jailmgr.storage.volume import delete_volume, half_deleted, list_builds, list_volumes
 from jailmgr.store import READY, Store
 
 
@@ -119,7 +119,7 @@ def _of_disk(root: Root, store: Store) -> Iterator[Leftover]:
     for tenant, jail in sorted(kept - known):
         path = root.jail_lib(tenant, jail)
         yield Leftover(f"directory {path} of a jail there is not", partial(shutil.rmtree, path))
-    if not os.path.ismount(root.pool):
+    if not is_open(root):
         return
     pool = open_pool(root)
     for tenant, jail in list_volumes(pool):
@@ -130,6 +130,8 @@ def _of_disk(root: Root, store: Store) -> Iterator[Leftover]:
     if not engine_runs(root):
         for name in list_builds(pool):
             yield Leftover(f"build {name}, which was cut off")
+        for name in half_deleted(pool):
+            yield Leftover(f"trash {name} in the pool, whose deletion was cut off")
 
 
 def _list(path: str) -> list[str]:

@@ -7,7 +7,6 @@ that is left of a jail whose row was lost.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +24,8 @@ from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import running
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.state import running_jails, supervisor_process
+from jailmgr.storage.pool import is_made
+from jailmgr.storage.volume import reap
 from jailmgr.store import READY, RENAMING
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,10 @@ log = logging.getLogger(__name__)
 def reconcile(m: Manager) -> None:
     """Bring what is there and what the store says together. One thing that fails is logged, and the rest goes on."""
     _claim_again(m)
-    if os.path.exists(m.root.pool_file):
+    if is_made(m.root):
         attempt("the pool", lambda: m.pool)
     if m.pool_if_open is not None:
+        attempt("what was deleted", partial(reap, m.pool))
         attempt("builds", partial(_remove_builds, m))
         attempt("images", partial(_compare_images, m))
     for row in m.store.rows():

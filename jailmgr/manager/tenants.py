@@ -13,6 +13,7 @@ from jailmgr.manager.host import DEFAULT_TENANT, Manager
 from jailmgr.manager.networks import claim_key, take_down_one
 from jailmgr.model import Tenant
 from jailmgr.runtime import cgroups
+from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import forget_tenant
 
 
@@ -71,7 +72,7 @@ def delete_tenant(m: Manager, name: str) -> None:
     m.claimed.discard(f"uid/{name}")
     with ExitStack() as rest:
         rest.callback(claims.release, m.root, "uid", tenant.name)
-        if os.path.exists(m.root.pool_file):
+        if is_made(m.root):
             rest.callback(forget_tenant, m.pool, name, tenant.id)
         for network in networks:
             rest.callback(claims.release, m.root, "subnet", claim_key(network))

@@ -43,6 +43,8 @@ MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOSUID = 0x02
 MOUNT_ATTR_NODEV = 0x04
 MOUNT_ATTR_NOEXEC = 0x08
+MOUNT_ATTR_ATIME = 0x70
+"""The mask of all that is about access times, to be cleared when one of them is set."""
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_STRICTATIME = 0x20
 MOUNT_ATTR_IDMAP = 0x00100000
@@ -70,7 +72,7 @@ _OLD = {
     "aarch64": {"clone": 220, "pivot_root": 41, "keyctl": 219, "bpf": 280},
 }
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 437, 442
-_CLONE3, _CLOSE_RANGE = 435, 436
+_CLONE3, _CLOSE_RANGE, _QUOTACTL_FD = 435, 436, 443
 
 NEEDED = {
     "clone3": _CLONE3, "close_range": _CLOSE_RANGE, "fsconfig": _FSCONFIG, "fsmount": _FSMOUNT, "fsopen": _FSOPEN,
@@ -128,6 +130,7 @@ _fsmount = _declare("syscall", c_long, c_int, c_uint, c_uint)
 _mount_setattr = _declare("syscall", c_long, c_int, c_char_p, c_uint, c_void_p, c_size_t)
 _openat2 = _declare("syscall", c_long, c_int, c_char_p, c_void_p, c_size_t)
 _close_range = _declare("syscall", c_long, c_uint, c_uint, c_uint)
+_quotactl_fd = _declare("syscall", c_long, c_int, c_uint, c_uint, c_void_p)
 _pivot_root = _declare("syscall", c_long, c_char_p, c_char_p)
 _bpf = _declare("syscall", c_long, c_int, c_char_p, c_uint)
 _keyctl = _declare("syscall", c_long, c_int, c_void_p)
@@ -297,6 +300,11 @@ def close_all_but(*keep: int) -> None:
 def bpf(command: int, attributes: bytes) -> int:
     """bpf(2): `attributes` is the part of union bpf_attr that the command reads."""
     return _check(_bpf(number("bpf"), command, attributes, len(attributes)), "bpf", str(command))
+
+
+def quotactl_fd(fd: int, command: int, number: int, argument: int) -> None:
+    """quotactl(2) on the file system of `fd` (Linux 5.14); `argument` is the address of the command's structure."""
+    _check(_quotactl_fd(_QUOTACTL_FD, fd, command, number, argument), "quotactl_fd", str(number))
 
 
 class _PidfdInfo(ctypes.Structure):

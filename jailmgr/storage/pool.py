@@ -1,19 +1,14 @@
-"""The pool: a btrfs of our own in a loop file, made on first use, with quotas on before anything is put into it.
+"""The pool: where images and volumes live. Made on first use, of the kind that the host's disk lets be the best.
 
-Each step can be cut off anywhere. The file gets its name only when its file system is whole, a loop device without
-a mount is freed by the kernel, and quotas that are not on yet are switched on by the next to come. Who makes,
-mounts or unmounts it holds a lock (flock(2)) on the directory around it.
+Where its file system has project quotas on, it is a directory there (kind `project`), else a btrfs of our own in a
+loop file (`btrfs`). Who makes, mounts or unmounts it holds a lock (flock(2)) on the directory around it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
-import shutil
-import struct
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,55 +16,71 @@ import msgspec
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.storage import btrfs, loop
-from jailmgr.units import format_size, parse_size
+from jailmgr.storage import btrfs_pool, project_pool
+from jailmgr.storage.btrfs_pool import MIN_SIZE
+from jailmgr.storage.kind import Pool, PoolKind
+from jailmgr.units import parse_size
 
-MIN_SIZE = 512 << 20
-MIN_RESERVE = 2 << 30
-LABEL = "jailmgr"
+__all__ = [
+    "MIN_SIZE",
+    "Pool",
+    "close_pool",
+    "host_headroom",
+    "is_made",
+    "is_open",
+    "open_pool",
+    "pool_usage",
+    "writable",
+]
 
-_DIRECTORIES = ("images", "volumes", "builds", "reap")
-_MS_NOSUID, _MS_NODEV, _MS_NOATIME = 2, 4, 1024
-_FS_IOC_SETFLAGS, _FS_NOCOW_FL = 0x40086602, 0x00800000
-_libc = ctypes.CDLL(None, use_errno=True)
+_KINDS: dict[str, PoolKind] = {"btrfs": btrfs_pool, "project": project_pool}
 
 
-class Pool(msgspec.Struct, frozen=True):
-    """A mounted pool. `mode` says how it counts: `squota` (simple quotas) or `qgroup` (classic, before Linux 6.7)."""
+class _Wanted(msgspec.Struct, frozen=True):
+    """What [pool] of config.toml asks for."""
 
-    path: str
-    mode: str
-    uuid: str
+    kind: str = ""
+    size: int | None = None
 
 
 def open_pool(root: Root, size: int | None = None) -> Pool:
     """The instance's pool, made and mounted if it isn't.
 
-    `size` in bytes is what a new one gets, else `[pool] size` of config.toml, else the host's free space less a
-    reserve of a tenth (2 GiB at least). The file is sparse: it takes what is written. Raises JailmgrError `full` where
+    One that is there is kept. A new one is of the kind that [pool] in config.toml names, else a btrfs where `size` in
+    bytes or [pool] size says how big its file may get, else as the host's disk has it. Raises JailmgrError `full` where
     the host's disk has less than 512 MiB, or than the size asked for; `unavailable` where the host lacks what it takes;
-    `denied` without root's rights; `conflict` where something else is mounted in its place; `invalid` for a bad size.
+    `denied` without root's rights; `conflict` where something else is mounted in its place, or where it is of another
+    kind than the one asked for; `invalid` for a bad configuration.
     """
     try:
         return _opened(root) or _open(root, size)
     except OSError as error:
-        raise _explained(f"pool {root.pool_file}", error) from error
+        raise _explained(f"pool {root.pool}", error) from error
 
 
 def close_pool(root: Root) -> None:
-    """Unmount the pool; the kernel frees the loop device. Fine where it isn't mounted.
-
-    Raises JailmgrError `conflict` while something on it is in use.
-    """
+    """Unmount the pool. Fine where it isn't mounted. Raises JailmgrError `conflict` while something on it is in use."""
     try:
         with _lock(root) as locked:
-            if locked is not None and os.path.ismount(root.pool):
-                _require_ours(root)
-                _umount(root.pool)
+            if locked is not None:
+                _present(root).unmount(root)
     except OSError as error:
         if error.errno == errno.EBUSY:
             hint = "A process has a file or its working directory there: see fuser -vm on it."
             raise JailmgrError(f"pool {root.pool}", "it is in use", hint, "conflict") from error
+        raise _explained(f"pool {root.pool}", error) from error
+
+
+def is_made(root: Root) -> bool:
+    """Whether the instance has a pool, mounted or not."""
+    return any(kind.is_made(root) for kind in _KINDS.values())
+
+
+def is_open(root: Root) -> bool:
+    """Whether the pool is mounted. JailmgrError as `open_pool`."""
+    try:
+        return _opened(root) is not None
+    except OSError as error:
         raise _explained(f"pool {root.pool}", error) from error
 
 
@@ -81,49 +92,90 @@ def pool_usage(pool: Pool) -> tuple[int, int]:
 
 def host_headroom(root: Root) -> int:
     """Bytes the host's disk would have left were the pool filled up; negative where it would be full before."""
-    file, host = os.stat(root.pool_file), os.statvfs(root.pool_file)
-    return host.f_bavail * host.f_frsize - max(0, file.st_size - file.st_blocks * 512)
+    return _present(root).headroom(root)
+
+
+def writable(root: Root, reserve: int) -> int | None:
+    """Bytes the pool may still take before the host's disk has less than `reserve` left; negative where it has.
+
+    None where there is no pool, or the disk has room for all that it can hold. Raises OSError.
+    """
+    return _present(root).writable(root, reserve) if is_made(root) else None
+
+
+def _present(root: Root) -> PoolKind:
+    """The kind of the pool there is; where only a mount is left of one, that of the file that was under it."""
+    return project_pool if project_pool.is_made(root) and not btrfs_pool.is_made(root) else btrfs_pool
 
 
 def _opened(root: Root) -> Pool | None:
-    """The pool where it is mounted and counts, with no lock taken."""
-    if not os.path.ismount(root.pool):
-        return None
-    uuid = _require_ours(root)
-    if os.statvfs(root.pool).f_flag & os.ST_RDONLY:
-        raise JailmgrError(
-            f"pool {root.pool}",
-            "the kernel made it read-only after an error",
-            "See dmesg; stop all jails and jailmgr, run btrfs check on the file, start again.",
-            "unavailable",
-        )
-    mode = btrfs.quota_mode(uuid)
-    return Pool(root.pool, mode, uuid) if mode and os.path.isdir(f"{root.pool}/{_DIRECTORIES[-1]}") else None
+    return _present(root).opened(root) if is_made(root) or os.path.ismount(root.pool) else None
 
 
 def _open(root: Root, size: int | None) -> Pool:
     if os.geteuid() != 0:
-        raise JailmgrError(f"pool {root.pool_file}", "only root can make and mount it", "Run it as root.", "denied")
+        raise JailmgrError(f"pool {root.pool}", "only root can make and mount it", "Run it as root.", "denied")
     os.makedirs(root.lib, mode=0o700, exist_ok=True)
     os.makedirs(root.pool, mode=0o700, exist_ok=True)
     os.chmod(os.path.dirname(root.pool), 0o700)
     with _lock(root) as lock:
         assert lock is not None
-        if not os.path.ismount(root.pool):
-            if not os.path.exists(root.pool_file):
-                _make(root, size, lock)
-            _mount(root)
-        uuid = _require_ours(root)
-        with btrfs.directory(root.pool) as top:
-            if btrfs.quota_mode(uuid) is None:
-                btrfs.enable_quota(top)
-            btrfs.rescan_if_inconsistent(top, uuid)
-        for name in _DIRECTORIES:
-            os.makedirs(f"{root.pool}/{name}", mode=0o700, exist_ok=True)
-    opened = _opened(root)
+        wanted = _configured(root)
+        kind = _choose(root, wanted, size)
+        if not kind.is_made(root) and not os.path.ismount(root.pool):
+            kind.make(root, size or wanted.size, lock)
+        kind.mount(root)
+    opened = kind.opened(root)
     if opened is None:
         raise JailmgrError(f"pool {root.pool}", "quotas could not be switched on", "", "unavailable")
     return opened
+
+
+def _choose(root: Root, wanted: _Wanted, size: int | None) -> PoolKind:
+    """The kind that the pool has, else is to have. JailmgrError `conflict`, `invalid`, `unavailable`."""
+    made = [name for name, kind in _KINDS.items() if kind.is_made(root)]
+    if len(made) > 1:
+        why = f"there are two, {root.pool_file} and {root.pool_tree}"
+        raise JailmgrError(f"pool {root.pool}", why, "Move the one away that no jails are in.", "conflict")
+    if made:
+        if wanted.kind not in ("", *made):
+            why = f"it is of kind {made[0]}, and config.toml says {wanted.kind}"
+            hint = "A pool keeps its kind: delete all jails and images and then the pool, or take [pool] kind out."
+            raise JailmgrError(f"pool {root.pool}", why, hint, "conflict")
+        return _KINDS[made[0]]
+    sized = size is not None or wanted.size is not None
+    if wanted.kind == "btrfs" or (not wanted.kind and (sized or os.path.ismount(root.pool))):
+        return btrfs_pool
+    why = project_pool.refusal(os.path.dirname(root.pool))
+    if not wanted.kind:
+        return btrfs_pool if why else project_pool
+    if sized:
+        hint = 'Take [pool] size out of config.toml, or have [pool] kind = "btrfs".'
+        raise JailmgrError(f"pool {root.pool}", "a pool of kind project has no size", hint, "invalid")
+    if why:
+        hint = "Mount it with prjquota (ext4: after tune2fs -O project -Q prjquota), or have another [pool] kind."
+        raise JailmgrError(f"pool {root.pool}", why, hint, "unavailable")
+    return project_pool
+
+
+def _configured(root: Root) -> _Wanted:
+    import tomllib
+
+    path, key = f"{root.etc}/config.toml", ""
+    try:
+        with open(path, "rb") as file:
+            pool = tomllib.load(file).get("pool", {})
+        key = "[pool] kind: "
+        kind = pool.get("kind", "")
+        if kind not in ("", *_KINDS):
+            raise ValueError(f"{kind!r} is none; there are {' and '.join(_KINDS)}")
+        key = "[pool] size: "
+        size = pool.get("size")
+        return _Wanted(kind, None if size is None else parse_size(str(size)))
+    except FileNotFoundError:
+        return _Wanted()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise JailmgrError(f"configuration {path}", f"{key}{error}", "", "invalid") from error
 
 
 @contextmanager
@@ -139,140 +191,6 @@ def _lock(root: Root) -> Iterator[int | None]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _make(root: Root, size: int | None, lock: int) -> None:
-    """The file with an empty btrfs in it. What an earlier try left is thrown away."""
-    mkfs = shutil.which("mkfs.btrfs") or shutil.which("mkfs.btrfs", path="/usr/sbin:/sbin")
-    if mkfs is None:
-        raise JailmgrError(
-            f"pool {root.pool_file}", "mkfs.btrfs is not there", "Install it: apt install btrfs-progs.", "unavailable"
-        )
-    new = f"{root.pool_file}.new"
-    try:
-        os.unlink(new)
-    except FileNotFoundError:
-        pass
-    fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        _no_copy_on_write(fd)
-        _set_length(fd, _size(root, size))
-        # With the lock as its own, an mkfs that outlives us keeps the next one out until it has ended.
-        argv = [mkfs, "--quiet", "--nodiscard", "--label", LABEL, new]
-        done = subprocess.run(
-            argv, pass_fds=(lock,), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            why = done.stderr.strip().rpartition("\n")[2] or f"mkfs.btrfs ended with {done.returncode}"
-            raise JailmgrError(f"pool {root.pool_file}", why, "", "failed")
-        os.fsync(fd)
-        os.rename(new, root.pool_file)
-        os.fsync(lock)
-    except BaseException:
-        if os.path.exists(new):
-            os.unlink(new)
-        raise
-    finally:
-        os.close(fd)
-
-
-def _set_length(fd: int, size: int) -> None:
-    """A hole of `size` bytes, or of what the host's file system allows in a file."""
-    while True:
-        try:
-            return os.truncate(fd, size)
-        except OSError as error:
-            if error.errno != errno.EFBIG or size < 2 * MIN_SIZE:
-                raise
-            size = size // 2 // loop.BLOCK * loop.BLOCK
-
-
-def _size(root: Root, size: int | None) -> int:
-    host = os.statvfs(os.path.dirname(root.pool_file))
-    free = host.f_bavail * host.f_frsize
-    room = free - max(MIN_RESERVE, free // 10)
-    wanted = size or _configured_size(root) or max(room, MIN_SIZE)
-    if wanted < MIN_SIZE:
-        why = f"{format_size(wanted)} is too small, it needs {format_size(MIN_SIZE)}"
-        raise JailmgrError(f"pool {root.pool_file}", why, "", "invalid")
-    if wanted > room:
-        raise JailmgrError(
-            f"pool {root.pool_file}",
-            f"it would take {format_size(wanted)}; of the {format_size(free)} free on the host's disk "
-            f"{format_size(free - room)} are kept in reserve",
-            'Free some space, or give the pool a smaller size in config.toml: [pool] size = "20GiB" (512MiB at least).',
-            "full",
-        )
-    return wanted // loop.BLOCK * loop.BLOCK
-
-
-def _configured_size(root: Root) -> int | None:
-    import tomllib
-
-    path = f"{root.etc}/config.toml"
-    try:
-        with open(path, "rb") as file:
-            found = tomllib.load(file).get("pool", {}).get("size")
-        return None if found is None else parse_size(str(found))
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise JailmgrError(f"configuration {path}", f"[pool] size: {error}", "", "invalid") from error
-
-
-def _no_copy_on_write(fd: int) -> None:
-    """On a host's btrfs, direct I/O into a file that is copied on write breaks its checksums (chattr(1), +C)."""
-    try:
-        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("@l", _FS_NOCOW_FL))
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-
-
-def _mount(root: Root) -> None:
-    """Mount the file, by the loop device it already has: a jail may hold on to one that the host has unmounted."""
-    found = loop.find(root.pool_file)
-    if found is None:
-        file = os.open(root.pool_file, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            found = loop.attach(file, root.pool_file)
-        finally:
-            os.close(file)
-    fd, device = found
-    try:
-        flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOATIME)
-        if _libc.mount(device.encode(), os.fsencode(root.pool), b"btrfs", flags, b"discard=async") < 0:
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error), f"mount {device}")
-    finally:
-        os.close(fd)
-
-
-def _umount(path: str) -> None:
-    if _libc.umount2(os.fsencode(path), 0) < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), path)
-
-
-def _require_ours(root: Root) -> str:
-    """The UUID of what is mounted at the pool's place; JailmgrError where that isn't the pool's file."""
-    try:
-        file = os.stat(root.pool_file)
-    except FileNotFoundError:
-        hint = f"Copy what is needed out of {root.pool}, then unmount it."
-        raise JailmgrError(f"pool {root.pool_file}", "the file was deleted under its mount", hint, "conflict") from None
-    try:
-        with btrfs.directory(root.pool) as top:
-            uuid = btrfs.file_system_uuid(top)
-        for device in os.listdir(f"/sys/fs/btrfs/{uuid}/devices"):
-            if (fd := loop.open_view_of(device, file)) is not None:
-                os.close(fd)
-                return uuid
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.ENOENT):
-            raise
-    hint = "Unmount it, or move the pool's file away from beside it."
-    raise JailmgrError(f"pool {root.pool}", f"what is mounted there is not {root.pool_file}", hint, "conflict")
 
 
 def _explained(what: str, error: OSError) -> JailmgrError:

@@ -53,8 +53,12 @@ _LINE_MAX = 64 * 1024
 _WGETRC = "tries = 3\ntimeout = 15\nwaitretry = 1\nverbose = off\nlogfile = /dev/fd/3\n"
 """wget's own patience is 20 tries with no limit on connecting; and its words belong in the log."""
 
-_CONTAIN = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL")
-"""In a pid namespace all of it ends with its first process, which ends with the thread that started it."""
+_CONTAIN = (
+    "setpriv", "--pdeathsig", "KILL", "--bounding-set", "-sys_resource",
+    "unshare", "--pid", "--fork", "--kill-child=KILL",
+)  # fmt: skip
+"""In a pid namespace all of it ends with its first process, which ends with the thread that started it. Who has
+CAP_SYS_RESOURCE is held by no project quota."""
 _NEEDED = ("/dev", "/etc", "/proc", "/tmp", "/usr/bin", "/usr/lib", "/usr/share", "/var/lib")
 """Of the host's, beside where it builds; no mount of it reaches the host."""
 _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 3>&1 2>&1', "sh")

@@ -1,4 +1,4 @@
-"""Pool, volumes, quotas and images on a real btrfs, in both of its ways to count; kill -9 at every step."""
+"""Pool, volumes, quotas and images, in each of the ways to count that the host has; kill -9 at every step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from jailmgr.errors import JailmgrError
 from jailmgr.image import store
 from jailmgr.image.fingerprint import fingerprint
 from jailmgr.model import Image, Recipe
+from jailmgr.runtime import capabilities
 from jailmgr.runtime.mount_namespace import enter_own
-from jailmgr.storage import btrfs, loop, volume
+from jailmgr.storage import btrfs, loop, project_pool, project_quota, volume
 from jailmgr.storage.pool import MIN_SIZE, Pool, close_pool, host_headroom, open_pool, pool_usage
 from tests.system.instance import until
 
@@ -48,17 +49,25 @@ for number in itertools.count(int(sys.argv[2])):
     delete_volume(pool, "churn", f"j{number}", number)
 """
 SEAL = """
-import sys
+import itertools, sys
 from jailmgr.config import find_root
 from jailmgr.image.store import remove_image, seal
 from jailmgr.model import Image, Recipe
 from jailmgr.storage.pool import open_pool
+from jailmgr.storage.volume import create_build, delete_build
 pool = open_pool(find_root(sys.argv[1]))
 print("ready", flush=True)
-while True:
-    image = seal(pool, sys.argv[2], Image("", "test/one", [], 0, 1.0, "x86_64", Recipe()))
+for number in itertools.count():
+    rootfs = create_build(pool, f"{sys.argv[2]}{number}")
+    for name in "abcdefgh":
+        with open(f"{rootfs}/{name}", "w") as file:
+            file.write(name * 1000)
+    image = seal(pool, f"{sys.argv[2]}{number}", Image("", "test/one", [], 0, 1.0, "x86_64", Recipe()))
+    delete_build(pool, f"{sys.argv[2]}{number}")
     remove_image(pool, image.fingerprint)
 """
+BTRFS = pytest.mark.parametrize("pool", ["squota", "qgroup"], indirect=True)
+"""Of what only a btrfs has."""
 
 pytestmark = pytest.mark.xdist_group("debian")
 """Where Debian is built: a build's own mount namespace would hold the pools made here meanwhile, if it ran beside."""
@@ -86,11 +95,14 @@ def _is_free(file: str) -> bool:
     return False
 
 
-@pytest.fixture(scope="module", params=["squota", "qgroup"])
+@pytest.fixture(scope="module", params=["squota", "qgroup", "project"])
 def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    """A pool of 1 GiB that counts in one of the two ways."""
-    root = find_root(str(tmp_path_factory.mktemp("pool")))
-    made = open_pool(root, 1 << 30)
+    """A pool that counts in one of the three ways; a btrfs of 1 GiB."""
+    at = str(tmp_path_factory.mktemp("pool"))
+    root = find_root(at)
+    if request.param == "project" and (why := project_pool.refusal(at)):
+        pytest.skip(why)
+    made = open_pool(root, None if request.param == "project" else 1 << 30)
     try:
         if request.param == "qgroup" and made.mode == "squota":
             with btrfs.directory(made.path) as top:
@@ -106,7 +118,7 @@ def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(autouse=True)
 def nothing_counted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test with the shared pool, no group is left in it but the top level's."""
+    """After each test with the shared pool, nothing is counted in it."""
     yield
     if "pool" in request.fixturenames:
         shared: Pool = request.getfixturevalue("pool")
@@ -114,21 +126,36 @@ def nothing_counted(request: pytest.FixtureRequest) -> Iterator[None]:
         assert volume.list_builds(shared) == []
         for tenant in os.listdir(f"{shared.path}/volumes"):
             volume.forget_tenant(shared, tenant, 7)
-        until(lambda: reaped(shared) and groups(shared) == {"0_5"}, 10, "all groups are reaped")
+        until(lambda: reaped(shared) and not counted(shared), 10, "nothing is counted any more")
 
 
 def reaped(pool: Pool) -> bool:
     volume.sync_pool(pool)
     volume.reap(pool)
-    return os.listdir(f"{pool.path}/reap") == []
+    return os.listdir(f"{pool.path}/{'trash' if pool.mode == 'project' else 'reap'}") == []
 
 
-def groups(pool: Pool) -> set[str]:
-    return {name for name in os.listdir(f"/sys/fs/btrfs/{pool.uuid}/qgroups") if name[0].isdigit()}
+def counted(pool: Pool) -> set[tuple[int, int]]:
+    """Level and number of what is counted in the pool by itself; a jail's are 1 and its id."""
+    if pool.mode == "project":
+        first = pool.first_project
+        with btrfs.directory(pool.path) as top:
+            return {(1, found.project - first) for found in project_quota.uses(top, first + 1, first + (1 << 24))}
+    names = (name for name in os.listdir(f"/sys/fs/btrfs/{pool.uuid}/qgroups") if name[0].isdigit())
+    return {(int(level), int(number)) for level, _, number in (name.partition("_") for name in names)} - {(0, 5)}
 
 
 def fill(path: str, most: int) -> tuple[int, int]:
-    """Append up to `most` bytes that can't be compressed; how many went in, and the error number that ended it or 0."""
+    """Append up to `most` bytes that can't be compressed; how many went in, and the error number that ended it or 0.
+
+    Without CAP_SYS_RESOURCE, as in a jail: project quotas don't hold the host's root.
+    """
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(_fill, path, most).result()
+
+
+def _fill(path: str, most: int) -> tuple[int, int]:
+    capabilities.drop([name for name in capabilities.NAMES if name != "CAP_SYS_RESOURCE"])
     block, written = os.urandom(MIB), 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
@@ -140,6 +167,12 @@ def fill(path: str, most: int) -> tuple[int, int]:
     finally:
         os.close(fd)
     return written, 0
+
+
+def over_limit(pool: Pool) -> int:
+    """What a write past a limit ends with: xfs says of a project that no space is left."""
+    with btrfs.directory(pool.path) as top:
+        return errno.ENOSPC if project_quota.file_system(top) == "xfs" else errno.EDQUOT
 
 
 def killed_after(script: str, seconds: float, *argv: str) -> bytes:
@@ -327,8 +360,9 @@ def test_without_btrfs_progs(root: Root, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "btrfs-progs" in error.hint
 
 
+@BTRFS
 def test_limits_hold_on_both_levels(pool: Pool) -> None:
-    volume.limit_tenant(pool, 7, 150 * MIB)
+    volume.limit_tenant(pool, "acme", 7, 150 * MIB)
     a = volume.create_volume(pool, "acme", 7, "a", 1, 100 * MIB)
     b = volume.create_volume(pool, "acme", 7, "b", 2, None)
     written, error = fill(f"{a}/upper/file", 200 * MIB)
@@ -338,7 +372,7 @@ def test_limits_hold_on_both_levels(pool: Pool) -> None:
     written, error = fill(f"{b}/upper/file", 200 * MIB)
     assert error == errno.EDQUOT
     assert 50 * MIB - 2 * SLACK <= written <= 50 * MIB
-    assert 150 * MIB - 2 * SLACK <= (volume.tenant_usage(pool, 7) or 0) <= 150 * MIB
+    assert 150 * MIB - 2 * SLACK <= (volume.tenant_usage(pool, "acme", 7) or 0) <= 150 * MIB
     other = volume.create_volume(pool, "other", 8, "c", 3, None)
     assert fill(f"{other}/upper/file", 20 * MIB) == (20 * MIB, 0)
     os.unlink(f"{a}/upper/file")
@@ -349,6 +383,7 @@ def test_limits_hold_on_both_levels(pool: Pool) -> None:
     volume.forget_tenant(pool, "other", 8)
 
 
+@BTRFS
 def test_many_small_files_count(pool: Pool) -> None:
     path = volume.create_volume(pool, "acme", 7, "small", 1, 16 * MIB)
     made = 0
@@ -374,12 +409,12 @@ def test_usage_counts_what_is_still_in_memory(pool: Pool) -> None:
 
 def test_resize_is_live_and_refused_below_use(pool: Pool) -> None:
     path = volume.create_volume(pool, "acme", 7, "a", 1, 20 * MIB)
-    assert fill(f"{path}/upper/file", 30 * MIB)[1] == errno.EDQUOT
+    assert fill(f"{path}/upper/file", 30 * MIB)[1] == over_limit(pool)
     volume.resize_volume(pool, 1, 40 * MIB)
     assert fill(f"{path}/upper/more", 15 * MIB) == (15 * MIB, 0)
     error = refused(lambda: volume.resize_volume(pool, 1, 25 * MIB))
     assert error.code == "full"
-    assert refused(lambda: volume.limit_tenant(pool, 7, 25 * MIB)).code == "full"
+    assert refused(lambda: volume.limit_tenant(pool, "acme", 7, 25 * MIB)).code == "full"
     assert fill(f"{path}/upper/still", 2 * MIB) == (2 * MIB, 0)
     volume.resize_volume(pool, 1, None)
     assert fill(f"{path}/upper/free", 60 * MIB) == (60 * MIB, 0)
@@ -426,8 +461,7 @@ def test_kill_while_volumes_come_and_go(pool: Pool) -> None:
     for tenant, jail in left:
         volume.delete_volume(pool, tenant, jail, int(jail[1:]))
     # A kill between the group's making and the volume's leaves a group alone: its jail's row names it.
-    marked = {int(name.partition("_")[2]) for name in groups(pool) if name.startswith("1_")}
-    for number in marked:
+    for number in {number for level, number in counted(pool) if level == 1}:
         volume.delete_volume(pool, "churn", f"j{number}", number)
     volume.forget_tenant(pool, "churn", 9)
 
@@ -455,15 +489,16 @@ def make_build(pool: Pool, name: str, content: bytes = b"content") -> str:
 
 
 def test_seal_gives_a_read_only_image(pool: Pool) -> None:
-    rootfs = make_build(pool, "one")
+    expected = fingerprint(make_build(pool, "one"))
     image = store.seal(pool, "one", DRAFT)
     sealed = f"{pool.path}/images/{image.fingerprint}"
-    assert image.fingerprint == fingerprint(rootfs) == fingerprint(f"{sealed}/rootfs")
+    assert image.fingerprint == expected == fingerprint(f"{sealed}/rootfs")
     assert image.size_bytes > 0
     assert os.listdir(sealed) == ["rootfs"]
-    with pytest.raises(OSError, match="Read-only") as raised:
-        Path(sealed, "rootfs/new").write_text("")
-    assert raised.value.errno == errno.EROFS
+    if pool.mode != "project":
+        with pytest.raises(OSError, match="Read-only") as raised:
+            Path(sealed, "rootfs/new").write_text("")
+        assert raised.value.errno == errno.EROFS
     assert store.list_images(pool) == [image]
     volume.delete_build(pool, "one")
     assert Path(sealed, "rootfs/bin/tool").read_bytes() == b"content" * 1000
@@ -484,8 +519,11 @@ def test_half_made_images_are_swept(pool: Pool) -> None:
     volume.delete_build(pool, "one")
     at = f"{pool.path}/images"
     with btrfs.directory(at) as images:
-        btrfs.create_subvolume(images, "a" * 64)
-        btrfs.create_subvolume(images, ".sealing")
+        for name in ("a" * 64, ".sealing"):
+            if pool.mode == "project":
+                os.mkdir(name, dir_fd=images)
+            else:
+                btrfs.create_subvolume(images, name)
     Path(at, "b" * 64 + ".json").write_bytes(b"{")
     Path(at, whole.fingerprint + ".json.new").write_bytes(b"{")
     assert store.list_images(pool) == [whole]
@@ -495,18 +533,19 @@ def test_half_made_images_are_swept(pool: Pool) -> None:
 
 def test_kill_while_images_come_and_go(pool: Pool) -> None:
     root = find_root(pool.path.removesuffix("/lib/pool/default"))
-    make_build(pool, "one")
     for turn in range(12):
-        killed_after(SEAL, 0.002 + turn * 0.0031, root.at, "one")
+        killed_after(SEAL, 0.002 + turn * 0.0031, root.at, f"t{turn}-")
         found = store.list_images(pool)
         assert len(os.listdir(f"{pool.path}/images")) == 2 * len(found)
         for image in found:
             assert fingerprint(f"{pool.path}/images/{image.fingerprint}/rootfs") == image.fingerprint
     for image in store.list_images(pool):
         store.remove_image(pool, image.fingerprint)
-    volume.delete_build(pool, "one")
+    for name in volume.list_builds(pool):
+        volume.delete_build(pool, name)
 
 
+@BTRFS
 def test_nested_subvolumes_of_a_build(pool: Pool) -> None:
     """A command of a build may make subvolumes, read-only ones too: no image holds them, and they go with the build."""
     rootfs = make_build(pool, "one")
@@ -527,6 +566,6 @@ def test_nested_subvolumes_of_a_build(pool: Pool) -> None:
 
 def test_build_is_limited(pool: Pool) -> None:
     rootfs = volume.create_build(pool, "big", 20 * MIB)
-    assert fill(f"{rootfs}/file", 40 * MIB)[1] == errno.EDQUOT
+    assert fill(f"{rootfs}/file", 40 * MIB)[1] == over_limit(pool)
     assert refused(lambda: volume.create_build(pool, "big")).code == "exists"
     volume.delete_build(pool, "big")

@@ -1,0 +1,214 @@
+"""Volumes, builds and images in a btrfs: subvolumes, a jail's in the jail's quota group below its tenant's.
+
+Group 1/JAIL holds the volume (and what will be made of it: snapshots, restores), 2/TENANT holds the jails' groups. A
+limit lies on the group, never on the subvolume, since a limit on a subvolume is left behind when it is restored.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+from contextlib import ExitStack
+
+from jailmgr.errors import JailmgrError
+from jailmgr.storage import btrfs
+from jailmgr.storage.kind import Pool
+
+JAIL_LEVEL, TENANT_LEVEL = 1, 2
+REAP_AT_ONCE = 8
+"""Groups looked at by one call of `reap`: the cost of a deletion doesn't grow with how many went before."""
+
+_MARK = re.compile(r"(\d{1,5})-(\d{1,15})\Z", re.ASCII)
+
+
+def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None) -> None:
+    """As VolumeKind."""
+    jail_group, tenant_group = btrfs.group(JAIL_LEVEL, jail_id), btrfs.group(TENANT_LEVEL, tenant_id)
+    with ExitStack() as undo:
+        undo.callback(delete_volume, pool, path, jail_id)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with btrfs.directory(os.path.dirname(path)) as parent:
+            btrfs.create_group(parent, tenant_group)
+            btrfs.create_group(parent, jail_group)
+            btrfs.assign_group(parent, jail_group, tenant_group)
+            btrfs.limit_group(parent, jail_group, size)
+            btrfs.create_subvolume(parent, os.path.basename(path), [jail_group])
+        _make_directory(f"{path}/upper", 0o755)
+        _make_directory(f"{path}/work", 0o700)
+        undo.pop_all()
+
+
+def delete_volume(pool: Pool, path: str, jail_id: int | None) -> None:
+    """As VolumeKind. The group goes once the kernel has freed the space, in this or a later call of `reap`."""
+    with btrfs.directory(pool.path) as top:
+        subvolume = _subvolume(path)
+        given_up = set() if jail_id is None else {btrfs.group(JAIL_LEVEL, jail_id)}
+        if subvolume is not None:
+            given_up.update(btrfs.parents(top, subvolume))
+        later = [group for group in given_up if not _mark_if_room(pool, group)]
+        if subvolume is not None:
+            btrfs.destroy_subvolume(top, subvolume)
+    for group in later:
+        _mark_if_room(pool, group)
+    reap(pool)
+
+
+def limit_volume(pool: Pool, jail_id: int, size: int | None) -> None:
+    """As VolumeKind."""
+    with btrfs.directory(pool.path) as top:
+        btrfs.limit_group(top, btrfs.group(JAIL_LEVEL, jail_id), size)
+
+
+def limit_tenant(pool: Pool, tenant_id: int, size: int | None) -> None:
+    """As VolumeKind."""
+    group = btrfs.group(TENANT_LEVEL, tenant_id)
+    with btrfs.directory(pool.path) as top:
+        btrfs.create_group(top, group)
+        btrfs.limit_group(top, group, size)
+
+
+def forget_tenant(pool: Pool, tenant_id: int) -> None:
+    """As VolumeKind."""
+    _mark(pool, btrfs.group(TENANT_LEVEL, tenant_id))
+    reap(pool)
+
+
+def volume_usage(pool: Pool, jail_id: int) -> int | None:
+    """As VolumeKind. What was deleted counts until the next commit (30 s)."""
+    return btrfs.group_usage(pool.uuid, btrfs.group(JAIL_LEVEL, jail_id))
+
+
+def committed_usage(pool: Pool) -> dict[int, int]:
+    """As VolumeKind, as of the last commit: exact for jails that have not run for 30 s."""
+    with btrfs.directory(pool.path) as top:
+        return {
+            group & (1 << 48) - 1: size
+            for group, size in btrfs.committed_usage(top).items()
+            if group >> 48 == JAIL_LEVEL
+        }
+
+
+def tenant_usage(pool: Pool, path: str, tenant_id: int) -> int | None:
+    """As VolumeKind."""
+    return btrfs.group_usage(pool.uuid, btrfs.group(TENANT_LEVEL, tenant_id))
+
+
+def sync(pool: Pool) -> None:
+    """As VolumeKind; usage is exact after it."""
+    with btrfs.directory(pool.path) as top:
+        btrfs.sync(top)
+
+
+def create_build(pool: Pool, path: str, size: int | None) -> None:
+    """As VolumeKind."""
+    with btrfs.directory(os.path.dirname(path)) as parent:
+        btrfs.create_subvolume(parent, os.path.basename(path))
+    with ExitStack() as undo:
+        undo.callback(delete_tree, pool, path)
+        if size is not None:
+            with btrfs.directory(path) as build:
+                btrfs.limit_group(build, btrfs.group(0, btrfs.subvolume_id(build)), size)
+        _make_directory(f"{path}/rootfs", 0o755)
+        undo.pop_all()
+
+
+def take_build(pool: Pool, build: str, image: str) -> None:
+    """As VolumeKind: a snapshot. JailmgrError `invalid` where there are subvolumes in it, which no snapshot has."""
+    with btrfs.directory(build) as source, btrfs.directory(os.path.dirname(image)) as images:
+        if nested := btrfs.nested_subvolumes(source, btrfs.subvolume_id(source)):
+            why = f"the build made {len(nested)} btrfs subvolumes, which an image can't hold"
+            raise JailmgrError("image", why, "Have it make plain directories.", "invalid")
+        btrfs.snapshot(source, images, os.path.basename(image))
+
+
+def settle_image(pool: Pool, image: str) -> None:
+    """As VolumeKind."""
+    with btrfs.directory(image) as made:
+        btrfs.set_read_only(made, True)
+        btrfs.sync(made)
+
+
+def delete_tree(pool: Pool, path: str) -> None:
+    """As VolumeKind: the subvolume at `path`, with those nested in it, and its own group."""
+    subvolume = _subvolume(path)
+    if subvolume is not None:
+        _mark(pool, btrfs.group(0, subvolume))
+        with btrfs.directory(pool.path) as top:
+            btrfs.destroy_subvolume(top, subvolume)
+    reap(pool)
+
+
+def half_deleted(pool: Pool) -> list[str]:
+    """As VolumeKind: what is deleted is the kernel's to go on with."""
+    return []
+
+
+def reap(pool: Pool) -> None:
+    """As VolumeKind: remove quota groups that were given up and of which the kernel has freed everything.
+
+    A group with members, or whose use isn't 0, is left for another time; so is one of which some bytes live on in an
+    image or a snapshot.
+    """
+    at = f"{pool.path}/reap"
+    marks = os.listdir(at)
+    if len(marks) > REAP_AT_ONCE:
+        marks = random.sample(marks, REAP_AT_ONCE)
+    with btrfs.directory(pool.path) as top:
+        for mark in marks:
+            match = _MARK.match(mark)
+            if match is None or _reap(pool, top, btrfs.group(int(match[1]), int(match[2]))):
+                _unlink(f"{at}/{mark}")
+
+
+def _reap(pool: Pool, top: int, group: int) -> bool:
+    usage = btrfs.group_usage(pool.uuid, group)
+    if usage is None:
+        return True
+    if usage > 0:
+        return False
+    if group >> 48 == JAIL_LEVEL:
+        for member in btrfs.members(top, group):
+            btrfs.remove_group(top, member)
+    return btrfs.remove_group(top, group)
+
+
+def _mark(pool: Pool, group: int) -> None:
+    """Note that a group is given up; it is looked for by `reap` until it is gone, whatever happens meanwhile."""
+    name = btrfs.told(group).replace("/", "-")
+    os.close(os.open(f"{pool.path}/reap/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _mark_if_room(pool: Pool, group: int) -> bool:
+    """Whether the group could be marked: in a pool that is full to the last byte, something must go first."""
+    try:
+        _mark(pool, group)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
+
+
+def _subvolume(path: str) -> int | None:
+    """The id of the subvolume at `path`; None where there is nothing."""
+    try:
+        with btrfs.directory(path) as fd:
+            if os.fstat(fd).st_ino != btrfs.ROOT_INODE:
+                raise OSError(errno.EINVAL, "not a subvolume", path)
+            return btrfs.subvolume_id(fd)
+    except FileNotFoundError:
+        return None
+
+
+def _make_directory(path: str, mode: int) -> None:
+    os.mkdir(path, mode)
+    os.chmod(path, mode)
