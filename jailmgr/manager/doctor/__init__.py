@@ -13,7 +13,7 @@ from jailmgr.manager.doctor import host
 from jailmgr.manager.doctor.check import Check, check
 from jailmgr.manager.doctor.firewall import firewall_checks
 from jailmgr.manager.doctor.kernel import cgroup_checks, kernel_checks
-from jailmgr.storage.pool import MIN_SIZE, host_headroom
+from jailmgr.storage.pool import MIN_SIZE, host_headroom, is_made
 from jailmgr.store import Store
 from jailmgr.units import format_size
 
@@ -54,7 +54,7 @@ def fix(root: Root) -> list[str]:
 
 
 def _disk(root: Root) -> list[Check]:
-    if os.path.exists(root.pool_file):
+    if is_made(root):
         writable = space_left(root)
         if writable is not None and writable <= 0:
             remedy = "Free some space on the host's disk: jails are held still until there is some."
