@@ -8,7 +8,7 @@ from functools import partial
 from itertools import groupby
 
 from jailmgr.config import Root
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, from_os
 from jailmgr.keys import Config, parse_bool
 from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.manager.reconcile import attempt
@@ -25,25 +25,28 @@ def autostart(m: Manager) -> None:
     """Start the jails that want it, once after each boot of the host: what every first engine does."""
     with m.boot_lock:
         boot_id = host_boot_id()
-        if m.store.fact("boot_id") != boot_id:
-            _start_wanted(m)
+        if m.store.fact("boot_id") != boot_id and _start_wanted(m):
             m.store.set_fact("boot_id", boot_id)
 
 
 def start_wanted(m: Manager) -> None:
     """The same whenever it is asked for, and returns when all have been started."""
     with m.boot_lock:
-        _start_wanted(m)
-        m.store.set_fact("boot_id", host_boot_id())
+        if _start_wanted(m):
+            m.store.set_fact("boot_id", host_boot_id())
 
 
-def _start_wanted(m: Manager) -> None:
-    """Those with `boot.autostart`, and where that isn't set those that ran when the host went down; by priority."""
+def _start_wanted(m: Manager) -> bool:
+    """Those with `boot.autostart`, and where that isn't set those that ran when the host went down; by priority.
+
+    False where the engine stops before all have been: the next one goes on.
+    """
     wanted = [jail for jail in m.store.jails() if _wanted(m.root, jail)]
     for jail in sorted(wanted, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
         attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
         if m.watcher is None or m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
-            return
+            return False
+    return True
 
 
 def _wanted(root: Root, jail: Jail) -> bool:
@@ -72,7 +75,13 @@ def shut_down(root: Root) -> list[JailmgrError]:
         jails = list(together)
         with ThreadPoolExecutor(len(jails)) as threads:
             ends = [threads.submit(_stop, root, tenant, jail, configs) for tenant, jail in jails]
-        failed += [error for end in ends if isinstance(error := end.exception(), JailmgrError)]
+        for (tenant, jail), end in zip(jails, ends, strict=True):
+            try:
+                end.result()
+            except JailmgrError as error:
+                failed.append(error)
+            except OSError as error:
+                failed.append(from_os(f"jail {tenant}/{jail}", error))
     return failed
 
 
