@@ -23,8 +23,12 @@ def renew_supervisor(root: Root, tenant: str) -> None:
     """
     sock = protocol.connect(root.tenant_run(tenant), protocol.SOCKET)
     with attach.Supervisor(root, tenant, sock) as supervisor:
-        release = supervisor.ask("hello").body.get("release")
+        hello = supervisor.ask("hello").body
+        release = hello.get("release")
         if release == __version__:
+            return
+        if hello.get("snapshot", protocol.SNAPSHOT) != protocol.SNAPSHOT:
+            log.error("tenant %s keeps its supervisor of release %s: ours can't read what that leaves", tenant, release)
             return
         argv = attach.successor(root, tenant)
         checked = subprocess.run(

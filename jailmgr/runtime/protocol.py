@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 VERSION = 1
+SNAPSHOT = 1
+"""Of what a supervisor leaves to the release that goes on in its process (runtime/reexec.py)."""
 MESSAGE_MAX = 192 * 1024
 FDS_MAX = 8
 SOCKET = "supervisor.sock"

@@ -2,7 +2,7 @@
 
     old: snapshot ─▶ memfd ─▶ execve ─▶ new: restore
 
-What a release writes, the next one must be able to read: `VERSION` changes where `restore` of the one before could not.
+`protocol.SNAPSHOT` changes where `restore` of the release before could not read it: who asks compares it first.
 Imported when a supervisor begins, since later the files may be another release's. Standard library only.
 """
 
@@ -16,6 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime import protocol
 from jailmgr.runtime.child import Child
 from jailmgr.runtime.console import Watcher
 from jailmgr.runtime.jail import Jail
@@ -24,8 +25,6 @@ from jailmgr.runtime.state import State
 
 if TYPE_CHECKING:
     from jailmgr.runtime.supervisor import Supervisor
-
-VERSION = 1
 
 
 def steady(supervisor: Supervisor) -> bool:
@@ -61,7 +60,7 @@ def snapshot(supervisor: Supervisor) -> tuple[dict[str, Any], list[int]]:
     jails = {name: _jail(jail) for name, jail in supervisor.jails.items()}
     sessions = [_session(session) for session in supervisor.sessions]
     content = {
-        "version": VERSION,
+        "version": protocol.SNAPSHOT,
         "listener": supervisor.listener.fileno(),
         "lock": supervisor.lock,
         "jails": jails,
@@ -114,7 +113,7 @@ def load(memfd: int) -> dict[str, Any]:
     """The snapshot, every fd in it close-on-exec again. JailmgrError `invalid` where it is none we can read."""
     with open(memfd, encoding="utf-8") as file:
         content = json.load(file)
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("version") != protocol.SNAPSHOT:
         raise JailmgrError("supervisor", "the one before has left a state that this one can't read", "", "invalid")
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:

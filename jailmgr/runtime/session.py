@@ -102,7 +102,8 @@ class Session:
             protocol.close_all(message.fds)
 
     def _hello(self, body: dict[str, Any], fds: list[int]) -> None:
-        self.tell({"v": protocol.VERSION, "pid": os.getpid(), "release": __version__})
+        about = {"release": __version__, "snapshot": protocol.SNAPSHOT}
+        self.tell({"v": protocol.VERSION, "pid": os.getpid(), **about})
 
     def _status(self, body: dict[str, Any], fds: list[int]) -> None:
         running = {name: jail.state._asdict() for name, jail in self.supervisor.jails.items() if jail.state}
