@@ -7,192 +7,92 @@ Names and meanings are LXD's and Incus's own ("Instance options", "Devices" in t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from ipaddress import IPv4Address, ip_address
-
-import msgspec
+from collections.abc import Iterable, Mapping
 
 from jailmgr.errors import JailmgrError
-from jailmgr.units import parse_allowance, parse_percent, parse_rate, parse_size
+from jailmgr.key_checks import (
+    LABEL,
+    Key,
+    allowance,
+    at_least,
+    check_value,
+    endpoint,
+    free_text,
+    ipv4,
+    label,
+    near_miss,
+    one_of,
+    parse_endpoint,
+    rate,
+    swap,
+    truth,
+    whole,
+)  # fmt: skip
+from jailmgr.units import parse_size
 
 Config = dict[str, str]
 Devices = dict[str, dict[str, str]]
-Check = Callable[[str], None]
 
 MEMORY_MIN = 4 << 20
 """Less than this no init survives its own exec."""
 DISK_MIN = 1 << 20
 
-_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9._-]{1,255}\Z", re.ASCII)
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", re.ASCII)
-_ENDPOINT = re.compile(r"(tcp|udp):(\[[0-9a-fA-F:.]+\]|[0-9.]*):(\d{1,5})\Z", re.ASCII)
-
-
-class Key(msgspec.Struct, frozen=True):
-    """A key. `check` raises ValueError with what was expected; `live`: a running jail takes it at once."""
-
-    check: Check
-    live: bool
-    doc: str
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """An end of a proxy device. `address` is empty for every address, IPv4 and IPv6."""
-
-    protocol: str
-    address: str
-    port: int
-
-
-def _size(minimum: int) -> Check:
-    def check(text: str) -> None:
-        if parse_size(text) < minimum:
-            raise ValueError(f"{text!r} is too small, the least is {minimum} bytes")
-
-    return check
-
-
-def _whole(low: int, high: int) -> Check:
-    def check(text: str) -> None:
-        if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
-            raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
-
-    return check
-
-
-def _one_of(*words: str) -> Check:
-    def check(text: str) -> None:
-        if text not in words:
-            raise ValueError(f"{text!r} is none of {', '.join(words)}")
-
-    return check
-
-
-def parse_bool(text: str) -> bool:
-    """True of LXD's `true`, `1`, `yes`, `on`, False of their opposites; ValueError else."""
-    word = text.lower()
-    if word in ("true", "1", "yes", "on"):
-        return True
-    if word in ("false", "0", "no", "off"):
-        return False
-    raise ValueError(f"{text!r} is neither true nor false")
-
-
-def _bool(text: str) -> None:
-    parse_bool(text)
-
-
-def _swap(text: str) -> None:
-    try:
-        parse_bool(text)
-    except ValueError:
-        try:
-            parse_size(text)
-        except ValueError:
-            raise ValueError(f"{text!r} is neither true, false nor a size") from None
-
-
-def _allowance(text: str) -> None:
-    if text.endswith("%"):
-        parse_percent(text)
-    else:
-        parse_allowance(text)
-
-
-def _rate(text: str) -> None:
-    parse_rate(text)
-
-
-def _text(text: str) -> None:
-    if "\0" in text or len(text) > 65536:
-        raise ValueError("the value has a NUL byte or more than 65536 characters")
-
-
-def _ipv4(text: str) -> None:
-    try:
-        IPv4Address(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not an IPv4 address") from None
-
-
-def _network(text: str) -> None:
-    if not _LABEL.match(text):
-        raise ValueError(f"{text!r} is not a network's name")
-
-
-def _endpoint(text: str) -> None:
-    parse_endpoint(text)
-
-
-def parse_endpoint(text: str) -> Endpoint:
-    """Of a proxy device's `listen` or `connect`: `tcp:0.0.0.0:8080`, `udp:[::1]:53`; ValueError else."""
-    match = _ENDPOINT.match(text)
-    if match is None or not 1 <= int(match[3]) <= 65535:
-        raise ValueError(f"{text!r} is not tcp:ADDRESS:PORT or udp:ADDRESS:PORT")
-    address = match[2].strip("[]")
-    if address:
-        try:
-            parsed = ip_address(address)
-        except ValueError:
-            raise ValueError(f"{text!r}: {address!r} is not an address") from None
-        address = "" if parsed.is_unspecified else str(parsed)
-    return Endpoint(match[1], address, int(match[3]))
 
 
 CONFIG: dict[str, Key] = {
     "boot.autostart": Key(
-        _bool, True, "Start the jail after the host has booted; where it isn't set, if it ran when the host went down."
+        truth, True, "Start the jail after the host has booted; where it isn't set, if it ran when the host went down."
     ),
-    "boot.autostart.delay": Key(
-        _whole(0, 3600), True, "Seconds to wait after this jail's start before the next one's."
-    ),
-    "boot.autostart.priority": Key(_whole(0, 1_000_000), True, "Order of starting; the highest first."),
-    "boot.host_shutdown_timeout": Key(_whole(0, 86400), True, "Seconds init has to stop before it is killed."),
+    "boot.autostart.delay": Key(whole(0, 3600), True, "Seconds to wait after this jail's start before the next one's."),
+    "boot.autostart.priority": Key(whole(0, 1_000_000), True, "Order of starting; the highest first."),
+    "boot.host_shutdown_timeout": Key(whole(0, 86400), True, "Seconds init has to stop before it is killed."),
     "boot.stop.priority": Key(
-        _whole(0, 1_000_000), True, "Order of stopping when the host goes down; the highest first."
+        whole(0, 1_000_000), True, "Order of stopping when the host goes down; the highest first."
     ),
-    "limits.cpu": Key(_whole(1, 4096), True, "Number of CPUs' worth of time."),
+    "limits.cpu": Key(whole(1, 4096), True, "Number of CPUs' worth of time."),
     "limits.cpu.allowance": Key(
-        _allowance, True, "Share of CPU time: `25ms/100ms` is a hard limit, `50%` a weight under load."
+        allowance, True, "Share of CPU time: `25ms/100ms` is a hard limit, `50%` a weight under load."
     ),
-    "limits.cpu.priority": Key(
-        _whole(0, 10), True, "Priority against jails of the same share under load; 10 the most."
+    "limits.cpu.priority": Key(whole(0, 10), True, "Priority against jails of the same share under load; 10 the most."),
+    "limits.disk": Key(at_least(DISK_MIN), True, "Bytes the jail's volume may take: the root device's `size`."),
+    "limits.memory": Key(at_least(MEMORY_MIN), True, "Bytes of memory, page cache included."),
+    "limits.memory.min": Key(
+        at_least(1), True, "Bytes of it that are not taken for other jails of the tenant; on cgroup v2."
     ),
-    "limits.disk": Key(_size(DISK_MIN), True, "Bytes the jail's volume may take: the root device's `size`."),
-    "limits.memory": Key(_size(MEMORY_MIN), True, "Bytes of memory, page cache included."),
-    "limits.memory.swap": Key(_swap, True, "`false`: no swap; a size: that much; `true`: as the host allows."),
-    "limits.processes": Key(_whole(1, 4_194_304), True, "Number of processes and threads."),
+    "limits.memory.swap": Key(swap, True, "`false`: no swap; a size: that much; `true`: as the host allows."),
+    "limits.processes": Key(whole(1, 4_194_304), True, "Number of processes and threads."),
     "restart": Key(
-        _one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
+        one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
     ),
 }
 """Keys by name. `environment.NAME` and `user.ANYTHING` besides (`PREFIXES`)."""
 
 PREFIXES: dict[str, tuple[re.Pattern[str], Key]] = {
-    "environment.": (_VARIABLE, Key(_text, False, "A variable of init's environment and of what is exec'd.")),
-    "user.": (_USER, Key(_text, True, "Free text of yours.")),
+    "environment.": (_VARIABLE, Key(free_text, False, "A variable of init's environment and of what is exec'd.")),
+    "user.": (_USER, Key(free_text, True, "Free text of yours.")),
 }
 
 DEVICES: dict[str, dict[str, Key]] = {
     "disk": {
-        "path": Key(_one_of("/"), False, "Where it is mounted."),
-        "pool": Key(_one_of("default"), False, "The storage pool it lies in."),
-        "size": Key(_size(DISK_MIN), True, "Bytes it may take."),
-        "limits.read": Key(_rate, True, "Bytes (`20MiB`) or operations (`500iops`) a second that may be read."),
-        "limits.write": Key(_rate, True, "The same for what is written, by way of the page cache too."),
-        "limits.max": Key(_rate, True, "Both `limits.read` and `limits.write`."),
+        "path": Key(one_of("/"), False, "Where it is mounted."),
+        "pool": Key(one_of("default"), False, "The storage pool it lies in."),
+        "size": Key(at_least(DISK_MIN), True, "Bytes it may take."),
+        "limits.read": Key(rate, True, "Bytes (`20MiB`) or operations (`500iops`) a second that may be read."),
+        "limits.write": Key(rate, True, "The same for what is written, by way of the page cache too."),
+        "limits.max": Key(rate, True, "Both `limits.read` and `limits.write`."),
     },
     "nic": {
-        "network": Key(_network, False, "The tenant's network it is attached to."),
-        "name": Key(_one_of("eth0"), False, "The interface's name in the jail."),
-        "ipv4.address": Key(_ipv4, False, "Its IPv4 address; one is chosen where none is given."),
+        "network": Key(label, False, "The tenant's network it is attached to."),
+        "name": Key(one_of("eth0"), False, "The interface's name in the jail."),
+        "ipv4.address": Key(ipv4, False, "Its IPv4 address; one is chosen where none is given."),
     },
     "proxy": {
-        "listen": Key(_endpoint, True, "Where the host listens: `tcp:0.0.0.0:8080`."),
-        "connect": Key(_endpoint, True, "Where it leads in the jail: `tcp:127.0.0.1:80`; only the port counts."),
-        "nat": Key(_one_of("true"), True, "Forwarded by the kernel's NAT; there is no other way here."),
+        "listen": Key(endpoint, True, "Where the host listens: `tcp:0.0.0.0:8080`."),
+        "connect": Key(endpoint, True, "Where it leads in the jail: `tcp:127.0.0.1:80`; only the port counts."),
+        "nat": Key(one_of("true"), True, "Forwarded by the kernel's NAT; there is no other way here."),
     },
 }
 """Keys of each type of device, besides `type`."""
@@ -201,20 +101,12 @@ FIXED = {"root": "disk", "eth0": "nic"}
 """Devices every jail has; more of their types are refused."""
 
 
-def near_miss(name: str, known: Iterable[str], say: str = "Did you mean {}?") -> str:
-    """A hint with the known name most like a wrong one, or an empty string."""
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return say.format(close[0]) if close else ""
-
-
 def check_name(name: str, what: str = "jail") -> None:
     """Refuse what is not a DNS label (RFC 1123 section 2.1: at most 63 of a-z 0-9 and `-`, not at an end)."""
-    if _LABEL.match(name):
+    if LABEL.match(name):
         return
     hint = "Use up to 63 of a-z, 0-9 and -, neither first nor last a -."
-    if _LABEL.match(lower := name.lower().replace("_", "-").replace(".", "-")):
+    if LABEL.match(lower := name.lower().replace("_", "-").replace(".", "-")):
         hint += f" {lower} would do."
     raise JailmgrError(f"{what} {name!r}", "the name is not a DNS label", hint, "invalid")
 
@@ -235,7 +127,7 @@ def find_key(name: str) -> Key:
 def check_config(config: Mapping[str, str]) -> None:
     """Refuse unknown keys and bad values (JailmgrError `invalid`)."""
     for name, value in config.items():
-        _check_value(find_key(name), f"{name}={value}", value)
+        check_value(find_key(name), f"{name}={value}", value)
 
 
 def check_devices(devices: Mapping[str, Mapping[str, str]]) -> None:
@@ -255,7 +147,7 @@ def check_devices(devices: Mapping[str, Mapping[str, str]]) -> None:
                     near_miss(key, keys) or _known(keys),
                     "invalid",
                 )
-            _check_value(keys[key], f"device {name}: {key}={value}", value)
+            check_value(keys[key], f"device {name}: {key}={value}", value)
         if kind == "proxy":
             _check_proxy(name, device)
 
@@ -294,15 +186,6 @@ def fold(config: Mapping[str, str], devices: Mapping[str, Mapping[str, str]]) ->
 def is_live(key: str) -> bool:
     """Whether a running jail takes a change of this configuration key at once."""
     return find_key(key).live
-
-
-def _check_value(key: Key, what: str, value: str) -> None:
-    try:
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not text")
-        key.check(value)
-    except ValueError as error:
-        raise JailmgrError(what, str(error), key.doc, "invalid") from None
 
 
 def _check_proxy(name: str, device: Mapping[str, str]) -> None:

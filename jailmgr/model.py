@@ -106,6 +106,44 @@ class Tenant(msgspec.Struct, frozen=True):
     config: dict[str, str] = {}
 
 
+class Amounts(msgspec.Struct, frozen=True):
+    """So much of each resource of a tenant: what its jails may take together, were promised, or have; None: no limit.
+
+    `cpu`: a number of CPUs.
+    """
+
+    instances: int | None = None
+    memory_bytes: int | None = None
+    cpu: float | None = None
+    processes: int | None = None
+    disk_bytes: int | None = None
+    networks: int | None = None
+    snapshots: int | None = None
+    ports: int | None = None
+
+
+class Used(Amounts, frozen=True):
+    """What a tenant's jails use now; `instances` are those that run, `cpu` is the mean since it was last looked at."""
+
+    cpu_ns: int | None = None
+
+
+class TenantView(msgspec.Struct, frozen=True):
+    """A tenant as `tenant list` and `tenant usage` tell it: cli.md's fields and those of LXD's projects."""
+
+    tenant: str
+    name: str
+    description: str
+    created_at: str
+    limits: Amounts
+    allocated: Amounts
+    used: Used
+    users: list[str]
+    groups: list[str]
+    supervisor_pid: int | None
+    config: dict[str, str]
+
+
 class Usage(msgspec.Struct, frozen=True):
     """What a jail uses now; None where it isn't known."""
 

@@ -15,7 +15,8 @@ import msgspec
 
 from jailmgr.database import Database
 from jailmgr.errors import JailmgrError
-from jailmgr.keys import Config, Devices, near_miss
+from jailmgr.key_checks import near_miss
+from jailmgr.keys import Config, Devices
 from jailmgr.model import Image, Jail, Network, Nic, Port, Tenant
 
 CREATING, READY, DELETING, RENAMING = "creating", "ready", "deleting", "renaming"
@@ -73,6 +74,10 @@ class Store(Database):
             except sqlite3.IntegrityError:
                 raise JailmgrError(f"tenant {name}", "there is one of that name already", "", "exists") from None
             return self.tenant(name)
+
+    def set_tenant_config(self, name: str, config: dict[str, str]) -> None:
+        with self.transaction() as db:
+            db.execute("UPDATE tenants SET config = ? WHERE name = ?", (_text(config), name))
 
     def set_tenant_uid(self, name: str, uid: int) -> None:
         with self.transaction() as db:

@@ -33,14 +33,15 @@ def _row(view: View) -> list[str]:
         view.get("ipv4") or "-",
         view.get("ipv6") or "-",
         image_name(view),
-        _beside(format_size(usage.get("memory_bytes")), limits.get("memory_bytes"), format_size),
-        _beside(cpu_time(usage.get("cpu_ns")), limits.get("cpu"), cpus),
-        _beside(_number(usage.get("processes")), limits.get("processes"), str),
-        _beside(format_size(usage.get("disk_bytes")), limits.get("disk_bytes"), format_size),
+        beside(format_size(usage.get("memory_bytes")), limits.get("memory_bytes"), format_size),
+        beside(cpu_time(usage.get("cpu_ns")), limits.get("cpu"), cpus),
+        beside(_number(usage.get("processes")), limits.get("processes"), str),
+        beside(format_size(usage.get("disk_bytes")), limits.get("disk_bytes"), format_size),
     ]
 
 
-def _beside(used: str, limit: Any, show: Any) -> str:
+def beside(used: str, limit: Any, show: Any) -> str:
+    """`21.3MiB/512MiB`; what is used alone where there is no limit."""
     return used if limit is None else f"{used}/{show(limit)}"
 
 

@@ -40,22 +40,11 @@ def instance_request(source: str, name: str | None, wanted: Wanted) -> dict[str,
     An option of its own (`--memory`) and `-c` for the same key exclude each other.
     """
     config, devices = split_keys(wanted.config or [])
-    own: dict[str, str] = {}
-    if wanted.memory is not None:
-        own["limits.memory"] = wanted.memory
-    if wanted.cpus is not None:
-        try:
-            own.update(parse_cpus(wanted.cpus))
-        except ValueError as error:
-            raise wrong_usage(f"--cpus {wanted.cpus}", str(error), "Such as --cpus 2 or --cpus 1.5.") from None
-    if wanted.processes is not None:
-        own["limits.processes"] = str(wanted.processes)
+    own = own_limits(wanted.memory, wanted.cpus, wanted.processes)
     for text in wanted.environment or []:
         key, value = split_pair(text, "-e")
         own[f"environment.{key}"] = value
-    for key, value in own.items():
-        if config.setdefault(key, value) != value:
-            raise wrong_usage(f"-c {key}={config[key]}", f"another option says {value}", "Give one of the two.")
+    merge(config, own)
     if wanted.disk is not None:
         _set(devices, "root", "size", wanted.disk)
     if wanted.network is not None:
@@ -72,6 +61,28 @@ def instance_request(source: str, name: str | None, wanted: Wanted) -> dict[str,
         }
     body: dict[str, Any] = {"source": {"type": "template", "alias": source}, "config": config, "devices": devices}
     return body if name is None else {"name": name, **body}
+
+
+def own_limits(memory: str | None, cpus: str | None, processes: int | None) -> dict[str, str]:
+    """Keys of --memory, --cpus and --processes."""
+    own: dict[str, str] = {}
+    if memory is not None:
+        own["limits.memory"] = memory
+    if cpus is not None:
+        try:
+            own.update(parse_cpus(cpus))
+        except ValueError as error:
+            raise wrong_usage(f"--cpus {cpus}", str(error), "Such as --cpus 2 or --cpus 1.5.") from None
+    if processes is not None:
+        own["limits.processes"] = str(processes)
+    return own
+
+
+def merge(config: dict[str, str], own: dict[str, str]) -> None:
+    """Add to the keys of `-c` those of options of their own, which may not say otherwise."""
+    for key, value in own.items():
+        if config.setdefault(key, value) != value:
+            raise wrong_usage(f"-c {key}={config[key]}", f"another option says {value}", "Give one of the two.")
 
 
 def _set(devices: dict[str, dict[str, str]], device: str, key: str, value: str) -> None:

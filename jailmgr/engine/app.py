@@ -50,7 +50,7 @@ ROUTES = [
     resource("/1.0/networks", GET=networks.list_all),
     resource("/1.0/ports", GET=ports.list_all, POST=ports.add, DELETE=ports.remove),
     resource("/1.0/projects", GET=projects.list_all, POST=projects.add),
-    resource("/1.0/projects/{name}", GET=projects.show, DELETE=projects.remove),
+    resource("/1.0/projects/{name}", GET=projects.show, PATCH=projects.change, DELETE=projects.remove),
     resource("/internal/autostart", POST=server.autostart),
     resource("/1.0/operations", GET=operations.list_all),
     resource("/1.0/operations/{id}", GET=operations.show, DELETE=operations.cancel),

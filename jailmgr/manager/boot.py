@@ -9,7 +9,8 @@ from itertools import groupby
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.keys import Config, parse_bool
+from jailmgr.key_checks import parse_bool
+from jailmgr.keys import Config
 from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.manager.reconcile import attempt
 from jailmgr.manager.start import boot

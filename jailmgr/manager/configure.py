@@ -11,10 +11,11 @@ import msgspec
 from jailmgr.errors import JailmgrError
 from jailmgr.keys import check_name, find_key, fold, is_live
 from jailmgr.manager import networks
+from jailmgr.manager.admission import admit, check_restricted
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of, disk_of, limits_with_io, write_bundle
+from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
@@ -36,11 +37,12 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
         new = changed(old, config, devices)
         runs = running(m, old)
         _check(m, old, new, runs)
-        with ExitStack() as undo:
+        with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)
             with m.store.transaction():
                 m.store.update(new)
                 m.store.set_ports(new, ports_of(new))
+                admit(m, new, old)
                 if _nic(old) != _nic(new):
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
             undo.callback(_put_back, m, old)
@@ -93,6 +95,8 @@ def _nic(jail: Jail) -> dict[str, str]:
 
 def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:
     check_ports(m, new, but=ports_of(old))
+    check_restricted(m, new, old)
+    cgroups.check_limits(m.hierarchies, cgroup_of(m.root, old.tenant, old.name), kernel_limits(m, new))
     if _nic(old) == _nic(new):
         return
     if runs:
@@ -114,7 +118,7 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
     if was != wanted:
         undo.callback(resize_volume, m.pool, old.id, was)
         resize_volume(m.pool, old.id, wanted)
-    before, after = limits_with_io(m, old), limits_with_io(m, new)
+    before, after = kernel_limits(m, old), kernel_limits(m, new)
     if runs and before != after:
         cgroup = cgroup_of(m.root, old.tenant, old.name)
         undo.callback(cgroups.set_limits, m.hierarchies, cgroup, cgroups.Limits(*before))

@@ -11,17 +11,20 @@ import msgspec
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.keys import Config, Devices, check_name, fold
 from jailmgr.manager import networks
+from jailmgr.manager.admission import admit, check_restricted, check_source_allowed
 from jailmgr.manager.claiming import claim_idmap
 from jailmgr.manager.delete import delete, finish_delete
 from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
-from jailmgr.manager.plan import disk_of
+from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
 from jailmgr.manager.tenants import check_tenant, ensure_tenant
+from jailmgr.manager.totals import hold_volumes
 from jailmgr.model import Image, Jail
+from jailmgr.runtime import cgroups
 from jailmgr.storage.volume import create_volume
 from jailmgr.store import READY
 from jailmgr.template.render import render_create_files
@@ -37,12 +40,16 @@ def check_new(m: Manager, tenant: str, name: str | None, source: str, config: Co
         raise JailmgrError(
             f"jail {name}", "there is one of that name already", "Choose another name, or delete it first.", "exists"
         )
-    find_source(m, source)
+    found = find_source(m, source)
+    check_source_allowed(m.store.find_tenant(tenant), source, found if isinstance(found, Image) else None)
     device = placed.get("eth0", {})
     networks.check_network(m, tenant, device.get("network", networks.DEFAULT))
     if wanted := device.get("ipv4.address"):
         networks.check_address(m, tenant, device.get("network", networks.DEFAULT), wanted)
-    check_ports(m, Jail(0, tenant, name or "", "", source, 0.0, folded, placed, 0))
+    jail = Jail(0, tenant, name or "", "", source, 0.0, folded, placed, 0)
+    check_restricted(m, jail)
+    check_ports(m, jail)
+    cgroups.check_limits(m.hierarchies, cgroup_of(m.root, tenant, name or "new"), kernel_limits(m, jail))
 
 
 def create(
@@ -107,6 +114,7 @@ def _reserve(m: Manager, tenant: str, name: str | None, source: str, config: Con
             with m.store.transaction():
                 jail = m.store.reserve(tenant, name or make_up_name(m, tenant), source, config, devices)
                 m.store.set_ports(jail, ports_of(jail))
+                admit(m, jail)
                 return jail
         except JailmgrError as error:
             if name is not None or error.what.startswith("port ") or error.code != "exists":
@@ -118,8 +126,9 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     jail, image = _with_image(m, jail, progress, cancelled)
     progress("creating", 0, 0)
     jail = claim_idmap(m, jail)
-    tenant_id = m.store.tenant(jail.tenant).id
-    create_volume(m.pool, jail.tenant, tenant_id, jail.name, jail.id, disk_of(jail.devices))
+    tenant = m.store.tenant(jail.tenant)
+    hold_volumes(m, tenant)
+    create_volume(m.pool, jail.tenant, tenant.id, jail.name, jail.id, disk_of(jail.devices))
     upper = f"{m.root.volume(jail.tenant, jail.name)}/upper"
     write_files(upper, f"{m.root.image(image.fingerprint)}/rootfs", render_files(m, jail, image))
     os.makedirs(m.root.jail_lib(jail.tenant, jail.name), mode=0o700, exist_ok=True)

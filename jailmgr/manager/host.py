@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -63,10 +64,15 @@ class Manager:
         """Over bridges, nftables and DNS, which are changed by reading and writing back."""
         self.image_lock = threading.Lock()
         """Over the choice of an image and its removal."""
+        self.opened_at = time.monotonic()
         self.boot_lock = threading.Lock()
         """Over the start of what starts with the host."""
         self.buildings: dict[str, Building] = {}
         self.networks_up: set[int] = set()
+        self.totals: dict[str, tuple[cgroups.Limits, int]] = {}
+        """By tenant, what its group was last held to, and the group's identity."""
+        self.cpu_seen: dict[str, tuple[float, int, float]] = {}
+        """By tenant: when its CPU time was last looked at (monotonic), the time, and the mean number of CPUs then."""
         self.claimed: set[str] = set()
         """Keys of what this process has claimed on the host."""
         self._pool: Pool | None = None
@@ -186,6 +192,12 @@ class Manager:
         self.store.jail(tenant, name)
         with self._locked(tenant, name):
             yield self.store.jail(tenant, name)
+
+    @contextmanager
+    def tenant(self, name: str) -> Iterator[None]:
+        """A tenant's totals and the limits of its jails, locked together; taken after a jail's lock, never before."""
+        with self._locked(name, ""):
+            yield
 
     @contextmanager
     def jail_of_any_state(self, tenant: str, name: str) -> Iterator[Row]:

@@ -15,7 +15,7 @@ import msgspec
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
-from jailmgr.keys import near_miss
+from jailmgr.key_checks import near_miss
 from jailmgr.manager.builder import claim_key, remove_build, run_in_build
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view

@@ -7,7 +7,9 @@ from ipaddress import IPv4Interface
 
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
-from jailmgr.keys import Devices, near_miss
+from jailmgr.key_checks import near_miss
+from jailmgr.keys import Devices
+from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.view import NetworkView
@@ -36,9 +38,12 @@ def find_or_make(m: Manager, tenant: str, name: str) -> Network:
         return network
     check_network(m, tenant, name)
     try:
-        return m.store.add_network(
-            tenant, name, lambda ident: addresses.new_network(m.root, ident, tenant, name, None, None)
-        )
+        with m.store.transaction():
+            network = m.store.add_network(
+                tenant, name, lambda ident: addresses.new_network(m.root, ident, tenant, name, None, None)
+            )
+            admit_network(m, tenant)
+            return network
     except JailmgrError as error:
         there = m.store.find_network(tenant, name)
         if error.code != "exists" or there is None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
-from jailmgr.keys import Config, Devices, parse_bool
+from jailmgr.key_checks import parse_bool
+from jailmgr.keys import Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
-from jailmgr.model import Jail, Network, Nic, Recipe
+from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.runtime import seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
@@ -43,30 +44,44 @@ def limits_of(config: Config) -> Limits:
         cpu_period=period,
         cpu_weight=weight,
         processes=int(config["limits.processes"]) if "limits.processes" in config else None,
+        memory_min=_size(config, "limits.memory.min"),
     )
 
 
-def limits_with_io(m: Manager, jail: Jail) -> Limits:
-    """`limits_of` with those of the root device, which lie on the block device that the pool is on today.
-
-    JailmgrError `unavailable` where there is none.
+def kernel_limits(m: Manager, jail: Jail, tenant: Tenant | None = None) -> Limits:
+    """`limits_of` with the I/O limits of the root device, and on v1 with no more CPU than the tenant (its present
+    form is found where it isn't given), which the kernel takes for an error there. JailmgrError `unavailable`.
     """
     limits, root = limits_of(jail.config), jail.devices.get("root", {})
     both = root.get("limits.max")
-    rates = [
-        parse_rate(text) if text else (None, None)
-        for text in (root.get("limits.read", both), root.get("limits.write", both))
-    ]
-    if rates == [(None, None)] * 2:
+    limits = limits._replace(io=io_limit(m, jail.name, root.get("limits.read", both), root.get("limits.write", both)))
+    if limits.cpu_quota is None or "cpu" not in m.hierarchies.v1:
         return limits
+    tenant = tenant or m.store.find_tenant(jail.tenant)
+    total = limits_of(tenant.config) if tenant is not None else Limits()
+    if total.cpu_quota is None or (cpus_of(limits) or 0) <= (cpus_of(total) or 0):
+        return limits
+    return limits._replace(cpu_quota=total.cpu_quota, cpu_period=total.cpu_period)
+
+
+def tenant_limits(m: Manager, tenant: Tenant) -> Limits:
+    """The kernel's limits of a tenant's group. JailmgrError `unavailable`."""
+    rate = tenant.config.get("limits.io")
+    return limits_of(tenant.config)._replace(io=io_limit(m, tenant.name, rate, rate))
+
+
+def io_limit(m: Manager, name: str, read: str | None, write: str | None) -> IoLimit | None:
+    """Of rates as `20MiB` or `500iops`, on the block device that the pool is on today. JailmgrError `unavailable`."""
+    rates = [parse_rate(text) if text else (None, None) for text in (read, write)]
+    if rates == [(None, None)] * 2:
+        return None
     (read_bps, read_iops), (write_bps, write_iops) = rates
     device = block_device(m.pool)
     if not device:
         why = "the pool's file system lies on no block device"
-        raise JailmgrError(
-            f"I/O limit of {jail.name}", why, "Unset limits.read, limits.write and limits.max.", "unavailable"
-        )
-    return limits._replace(io=IoLimit(device, read_bps, write_bps, read_iops, write_iops))
+        hint = "Do without limits.read, limits.write, limits.max and limits.io."
+        raise JailmgrError(f"I/O limit of {name}", why, hint, "unavailable")
+    return IoLimit(device, read_bps, write_bps, read_iops, write_iops)
 
 
 def _size(config: Mapping[str, str], key: str) -> int | None:
@@ -143,7 +158,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic) for nic in jail.nics],
-        limits=limits_with_io(m, jail),
+        limits=kernel_limits(m, jail),
         seccomp=seccomp_filter(m.root),
         apparmor=ensure_profile(m.root),
         restart=jail.config.get("restart", "no"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jailmgr.errors import JailmgrError
-from jailmgr.keys import Endpoint, parse_endpoint
+from jailmgr.key_checks import Endpoint, parse_endpoint
 from jailmgr.manager.host import Manager
 from jailmgr.model import Jail, Port
 from jailmgr.network.firewall import port_is_free

@@ -20,6 +20,7 @@ from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
+from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import running
 from jailmgr.runtime import attach, cgroups
@@ -49,6 +50,8 @@ def reconcile(m: Manager) -> None:
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
+    for tenant in {jail.tenant for jail in alive}:
+        attempt(f"the totals of {tenant}", partial(ensure_totals, m, tenant))
     for tenant in {jail.tenant for jail in m.store.jails() if jail.name in running_jails(m.root, jail.tenant)}:
         attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
 

@@ -10,6 +10,7 @@ from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
+from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach
@@ -52,11 +53,13 @@ def boot(m: Manager, jail: Jail) -> None:
     with ExitStack() as undo:
         undo.callback(networks.unpublish, m, jail)
         networks.up(m, jail)
-        write_bundle(m, jail)
         if m.watcher is not None:
             m.watcher.watch(jail.tenant)
         supervisor = undo.enter_context(_supervisor(m, jail.tenant))
-        supervisor.start(jail.name)
+        with m.tenant(jail.tenant):
+            write_bundle(m, jail)
+            ensure_totals(m, jail.tenant)
+            supervisor.start(jail.name)
         undo.pop_all()
     if m.watcher is not None:
         m.watcher.watch(jail.tenant)

@@ -1,20 +1,31 @@
-"""Tenants: made, listed, deleted. `default` is made when it is first used."""
+"""Tenants: made, changed, deleted. `default` is made when it is first used."""
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
+
+import msgspec
 
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
-from jailmgr.keys import PREFIXES, check_name, find_key
+from jailmgr.keys import check_name
+from jailmgr.manager.admission import admit_totals
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
 from jailmgr.manager.networks import claim_key, take_down_one
+from jailmgr.manager.plan import tenant_limits
+from jailmgr.manager.totals import change_totals, group_of, rewrite_bundles
 from jailmgr.model import Tenant
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import forget_tenant
+from jailmgr.tenant_keys import check_tenant_config, find_tenant_key, parse_list
+
+_DATABASE = {"users": "passwd", "groups": "group"}
 
 
 def check_tenant(m: Manager, name: str) -> None:
@@ -38,26 +49,54 @@ def ensure_tenant(m: Manager, name: str) -> Tenant:
 
 
 def create_tenant(m: Manager, name: str, config: dict[str, str]) -> Tenant:
-    """A new tenant with a host uid of its own. JailmgrError `exists`, `invalid`."""
+    """A new tenant with a host uid of its own. JailmgrError `exists`, `invalid`, `unavailable`."""
     check_name(name, "tenant")
-    for key in config:
-        if not key.startswith("user."):
-            find_key(key)
-            raise JailmgrError(
-                f"key {key!r}", "a tenant has no such key", f"It takes {', '.join(PREFIXES)[-5:]}*.", "invalid"
-            )
     if m.store.find_tenant(name) is not None:
         raise JailmgrError(f"tenant {name}", "there is one of that name already", "", "exists")
+    _check(m, Tenant(0, name, 0.0, 0, config))
     return m.store.add_tenant(name, config, claims.claim_uid(m.root, name))
 
 
-def list_tenants(m: Manager) -> list[Tenant]:
-    return m.store.tenants()
+def set_tenant(m: Manager, name: str, changes: Mapping[str, str | None]) -> Tenant:
+    """Set keys, and unset those given as None; all of them hold at once. Returns the tenant as it is then.
+
+    Raises JailmgrError, with nothing changed: `missing`, `invalid`, `conflict` (below what was promised, or what is
+    used and can't be given back), `full` (less disk than is used), `unavailable`.
+    """
+    ensure_tenant(m, name)
+    with m.tenant(name):
+        old = m.store.tenant(name)
+        config = dict(old.config)
+        for key, value in changes.items():
+            find_tenant_key(key)
+            if value is None:
+                config.pop(key, None)
+            else:
+                config[key] = value
+        new = msgspec.structs.replace(old, config=config)
+        _check(m, new)
+        with ExitStack() as undo:
+            with m.store.transaction():
+                m.store.set_tenant_config(name, config)
+                admit_totals(m, new)
+            undo.callback(rewrite_bundles, m, new, old)
+            undo.callback(m.store.set_tenant_config, name, old.config)
+            change_totals(m, old, new, undo)
+            rewrite_bundles(m, old, new)
+            undo.pop_all()
+    return new
 
 
-def get_tenant(m: Manager, name: str) -> Tenant:
-    """JailmgrError `missing`."""
-    return ensure_tenant(m, name) if name == DEFAULT_TENANT else m.store.tenant(name)
+def _check(m: Manager, tenant: Tenant) -> None:
+    check_tenant_config(tenant.config)
+    for kind, find in (("users", pwd.getpwnam), ("groups", grp.getgrnam)):
+        for account in parse_list(tenant.config.get(kind, "")):
+            try:
+                find(account)
+            except KeyError:
+                why = f"this host has no {kind[:-1]} of that name"
+                raise JailmgrError(f"{kind}={account}", why, f"See getent {_DATABASE[kind]}.", "invalid") from None
+    cgroups.check_limits(m.hierarchies, group_of(m, tenant.name), tenant_limits(m, tenant))
 
 
 def delete_tenant(m: Manager, name: str) -> None:
@@ -70,6 +109,8 @@ def delete_tenant(m: Manager, name: str) -> None:
         take_down_one(m, network)
     m.store.remove_tenant(name)
     m.claimed.discard(f"uid/{name}")
+    m.totals.pop(name, None)
+    m.cpu_seen.pop(name, None)
     with ExitStack() as rest:
         rest.callback(claims.release, m.root, "uid", tenant.name)
         if is_made(m.root):

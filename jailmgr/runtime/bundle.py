@@ -144,6 +144,8 @@ def _resources(limits: Limits) -> dict[str, Any]:
         resources["memory"] = {"limit": limits.memory}
         if limits.swap is not None:
             resources["memory"]["swap"] = limits.memory + limits.swap
+    if limits.memory_min is not None:
+        resources["unified"] = {"memory.min": str(limits.memory_min)}
     if limits.cpu_quota is not None:
         resources["cpu"] = {"quota": limits.cpu_quota, "period": limits.cpu_period or 100_000}
     if limits.processes is not None:
@@ -207,6 +209,7 @@ def _read(config: dict[str, Any]) -> Bundle:
     resources = linux["resources"]
     memory, cpu = resources.get("memory", {}), resources.get("cpu", {})
     limit, both = memory.get("limit"), memory.get("swap")
+    kept = resources.get("unified", {}).get("memory.min")
     return Bundle(
         tenant=own["tenant"],
         jail=own["jail"],
@@ -233,6 +236,7 @@ def _read(config: dict[str, Any]) -> Bundle:
             json.loads(own["cpu-weight"]),
             resources.get("pids", {}).get("limit"),
             _io(resources.get("blockIO", {})),
+            None if kept is None else int(kept),
         ),
         lib=own["lib"],
         stop_signal=own["stop-signal"],

@@ -50,6 +50,8 @@ class Limits(NamedTuple):
     processes: int | None = None
     """Threads count as well."""
     io: IoLimit | None = None
+    memory_min: int | None = None
+    """Bytes that are not taken from it for the sake of others; v2 only."""
 
 
 class Write(NamedTuple):
@@ -109,31 +111,50 @@ def plan_limits(h: Hierarchies, cgroup: str, limits: Limits) -> list[Write]:
     if limits.cpu_quota is not None and (limits.cpu_quota < 1000 or not 1000 <= period <= 1_000_000):
         why = f"{limits.cpu_quota} us in each {period} us is more or less than the kernel takes"
         raise JailmgrError(f"CPU limit of {cgroup}", why, "Periods are 1 ms to 1 s, shares 1 ms or more.", "invalid")
+    check_limits(h, cgroup, limits)
     steps: list[Write] = []
-    memory = _place(h, "memory", cgroup, limits.memory is not None or limits.swap is not None)
+    memory = directory(h, "memory", cgroup)
     if memory is not None:
         steps += (_memory_v2 if "memory" in h.v2 else _memory_v1)(cgroup, memory, limits)
-    cpu = _place(h, "cpu", cgroup, limits.cpu_quota is not None)
+    cpu = directory(h, "cpu", cgroup)
     if cpu is not None:
         steps += (_cpu_v2 if "cpu" in h.v2 else _cpu_v1)(cpu, limits.cpu_quota, period, limits.cpu_weight or WEIGHT)
-    pids = _place(h, "pids", cgroup, limits.processes is not None)
+    pids = directory(h, "pids", cgroup)
     if pids is not None:
         steps.append(Write(f"{pids}/pids.max", _value(limits.processes)))
-    if "io" in h.v2 or limits.io is not None:
-        steps += _io_v2(h, cgroup, limits.io)
+    if "io" in h.v2:
+        steps += _io_v2(f"{directory(h, 'io', cgroup)}/io.max", limits.io)
     return steps
 
 
-def _place(h: Hierarchies, controller: str, cgroup: str, asked: bool) -> str | None:
-    path = directory(h, controller, cgroup)
-    if path is None and asked:
+def check_limits(h: Hierarchies, cgroup: str, limits: Limits) -> None:
+    """Refuse limits that this host has nothing to hold them by: JailmgrError `unavailable`. Touches no group."""
+    asked = {
+        "memory": limits.memory is not None or limits.swap is not None,
+        "cpu": limits.cpu_quota is not None,
+        "pids": limits.processes is not None,
+    }
+    for controller in (name for name, wanted in asked.items() if wanted and directory(h, name, cgroup) is None):
         raise JailmgrError(
             f"limits of {cgroup}",
             f"this host has no cgroup controller for {controller}",
             "`jailmgr doctor` tells what the kernel lacks and how to switch it on.",
             "unavailable",
         )
-    return path
+    if limits.memory_min is not None and "memory" not in h.v2:
+        raise JailmgrError(
+            f"memory kept for {cgroup}",
+            "cgroup v1, which has this host's memory controller, can't keep any",
+            "Boot with systemd.unified_cgroup_hierarchy=1, or do without limits.memory.min.",
+            "unavailable",
+        )
+    if limits.io is not None and "io" not in h.v2:
+        raise JailmgrError(
+            f"I/O limit of {cgroup}",
+            "cgroup v1's controller, which this host has, doesn't hold what is written by way of the page cache",
+            "Boot with systemd.unified_cgroup_hierarchy=1, or do without limits.read, .write, .max and limits.io.",
+            "unavailable",
+        )
 
 
 def _value(limit: object, unlimited: str = "max") -> str:
@@ -146,7 +167,10 @@ def _normal(text: str) -> str:
 
 
 def _memory_v2(cgroup: str, path: str, limits: Limits) -> list[Write]:
-    steps = [Write(f"{path}/memory.max", _value(limits.memory))]
+    steps = [
+        Write(f"{path}/memory.max", _value(limits.memory)),
+        Write(f"{path}/memory.min", str(limits.memory_min or 0)),
+    ]
     if _counts_swap(cgroup, f"{path}/memory.swap.max", limits):
         steps.append(Write(f"{path}/memory.swap.max", _value(limits.swap)))
     return steps
@@ -190,16 +214,8 @@ def _cpu_v1(path: str, quota: int | None, period: int, weight: int) -> list[Writ
     return steps
 
 
-def _io_v2(h: Hierarchies, cgroup: str, limit: IoLimit | None) -> list[Write]:
+def _io_v2(path: str, limit: IoLimit | None) -> list[Write]:
     """What was set for other devices goes: a pool's loop device may be another one than when it was set."""
-    if "io" not in h.v2:
-        raise JailmgrError(
-            f"I/O limit of {cgroup}",
-            "cgroup v1's controller, which this host has, doesn't hold what is written by way of the page cache",
-            "Boot with systemd.unified_cgroup_hierarchy=1, or do without limits.read, limits.write and limits.max.",
-            "unavailable",
-        )
-    path = f"{directory(h, 'io', cgroup)}/io.max"
     devices = [line.split()[0] for line in read_or(path, "").splitlines()]
     wanted = {device: IoLimit(device) for device in devices} | ({limit.device: limit} if limit is not None else {})
     return [Write(path, _io_line(each)) for each in wanted.values()]

@@ -21,6 +21,7 @@ from jailmgr.runtime.cgroup_hierarchies import Hierarchies as Hierarchies
 from jailmgr.runtime.cgroup_hierarchies import discover as discover
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES as DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import Limits as Limits
+from jailmgr.runtime.cgroup_limits import check_limits as check_limits
 from jailmgr.runtime.cgroup_limits import device_rules as device_rules
 from jailmgr.runtime.cgroup_limits import oom_kills as oom_kills
 from jailmgr.runtime.cgroup_limits import set_limits as set_limits
@@ -62,6 +63,14 @@ def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
             _enable(h, f"{h.unified}/{relative(f'{root_name}/{tenant}')}")
     except OSError as error:
         raise from_os(f"cgroup {root_name}/{tenant}", error, _hint(error)) from error
+
+
+def identity(h: Hierarchies, cgroup: str) -> int:
+    """Inode of a group, another one once it has been removed and made again; 0 where it isn't there."""
+    try:
+        return os.stat(f"{h.unified or h.mounts[0]}/{relative(cgroup)}").st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int) -> dict[str, str]:

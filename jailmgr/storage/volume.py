@@ -69,6 +69,17 @@ def resize_volume(pool: Pool, jail_id: int, size: int | None) -> None:
         kind_of(pool).limit_volume(pool, jail_id, size)
 
 
+def nests(pool: Pool) -> bool:
+    """Whether the kernel holds what all of a tenant's volumes take together, beside each by itself."""
+    return pool.mode != "project"
+
+
+def hold_tenant(pool: Pool, tenant_id: int, size: int) -> None:
+    """`limit_tenant` to what was checked before, as a volume of it is made: in a pool that may be another one."""
+    with _told("size of the tenant's volumes"):
+        kind_of(pool).limit_tenant(pool, tenant_id, size)
+
+
 def limit_tenant(pool: Pool, tenant: str, tenant_id: int, size: int | None) -> None:
     """Limit what all of a tenant's volumes may hold together; None takes it away.
 

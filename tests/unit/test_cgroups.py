@@ -128,8 +128,9 @@ def test_io_limits_in_v2(tmp_path: Path) -> None:
 
 def test_limits_in_v2(tmp_path: Path) -> None:
     group_files(tmp_path / GROUP, memory__swap__max="max")
-    assert written(v2(tmp_path), Limits(64 * MIB, 0, 150_000, None, 200, 50)) == [
+    assert written(v2(tmp_path), Limits(64 * MIB, 0, 150_000, None, 200, 50, memory_min=MIB)) == [
         ("memory.max", str(64 * MIB)),
+        ("memory.min", str(MIB)),
         ("memory.swap.max", "0"),
         ("cpu.max", "150000 100000"),
         ("cpu.weight", "200"),
@@ -137,6 +138,7 @@ def test_limits_in_v2(tmp_path: Path) -> None:
     ]
     assert written(v2(tmp_path), Limits()) == [
         ("memory.max", "max"),
+        ("memory.min", "0"),
         ("memory.swap.max", "max"),
         ("cpu.max", "max 100000"),
         ("cpu.weight", "100"),

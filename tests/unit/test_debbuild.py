@@ -78,7 +78,7 @@ def _complete(line: str, tmp_path: Path) -> list[str]:
         ("jailmgr exec web ", []),
         ("jailmgr exec web -- w", []),
         ("jailmgr port publish w", ["web"]),
-        ("jailmgr set web limits.memory", ["limits.memory=", "limits.memory.swap="]),
+        ("jailmgr set web limits.memory", ["limits.memory=", "limits.memory.min=", "limits.memory.swap="]),
         ("jailmgr launch busybox -c rest", ["restart="]),
         ("jailmgr get web rest", ["restart"]),
         ("jailmgr cp w", ["web:"]),

@@ -477,10 +477,14 @@ def test_ports(client: Client, fake: Callable[..., Spy]) -> None:
 
 
 def test_projects(client: Client, fake: Callable[..., Spy]) -> None:
-    create, delete = fake("tenants.create_tenant", {"name": "acme"}), fake("tenants.delete_tenant")
+    create, delete = fake("tenants.create_tenant"), fake("tenants.delete_tenant")
+    change, get = fake("tenants.set_tenant"), fake("tenant_view.get_tenant", {"name": "acme"})
     assert client("POST", "/1.0/projects", {"name": "acme"}).metadata == {"name": "acme"}
+    config = {"limits.memory": "1GiB", "limits.cpu": None}
+    assert client("PATCH", "/1.0/projects/acme", {"config": config}).metadata == {"name": "acme"}
     assert client("DELETE", "/1.0/projects/acme").status == 200
     assert (create.calls, delete.calls) == ([(("acme", {}), {})], [(("acme",), {})])
+    assert (change.calls, get.calls) == ([(("acme", config), {})], [(("acme",), {})] * 2)
 
 
 def test_image_references_may_have_slashes(client: Client, fake: Callable[..., Spy]) -> None:

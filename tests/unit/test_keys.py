@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jailmgr import keys
+from jailmgr import key_checks, keys
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.plan import cpus_of, limits_of
 from jailmgr.runtime.bundle import Limits
@@ -176,14 +176,14 @@ def test_bad_devices(devices: dict[str, dict[str, str]]) -> None:
 @pytest.mark.parametrize(
     ("text", "endpoint"),
     [
-        ("tcp:0.0.0.0:8080", keys.Endpoint("tcp", "", 8080)),
-        ("tcp:[::]:8080", keys.Endpoint("tcp", "", 8080)),
-        ("udp:[FD00:0::1]:53", keys.Endpoint("udp", "fd00::1", 53)),
-        ("tcp:127.0.0.1:1", keys.Endpoint("tcp", "127.0.0.1", 1)),
+        ("tcp:0.0.0.0:8080", key_checks.Endpoint("tcp", "", 8080)),
+        ("tcp:[::]:8080", key_checks.Endpoint("tcp", "", 8080)),
+        ("udp:[FD00:0::1]:53", key_checks.Endpoint("udp", "fd00::1", 53)),
+        ("tcp:127.0.0.1:1", key_checks.Endpoint("tcp", "127.0.0.1", 1)),
     ],
 )
-def test_endpoints(text: str, endpoint: keys.Endpoint) -> None:
-    assert keys.parse_endpoint(text) == endpoint
+def test_endpoints(text: str, endpoint: key_checks.Endpoint) -> None:
+    assert key_checks.parse_endpoint(text) == endpoint
 
 
 @pytest.mark.parametrize(

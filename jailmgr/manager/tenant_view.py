@@ -1,0 +1,73 @@
+"""Tenants as users are shown them: limit, promise and use of each resource (cli.md, `tenant list`)."""
+
+from __future__ import annotations
+
+import time
+
+from jailmgr.manager.admission import allocated, totals_of
+from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.tenants import ensure_tenant
+from jailmgr.manager.totals import group_of
+from jailmgr.manager.view import rfc3339
+from jailmgr.model import Amounts, Tenant, TenantView, Used
+from jailmgr.runtime import cgroups
+from jailmgr.runtime.state import running_jails, supervisor_process
+from jailmgr.storage.volume import tenant_usage
+from jailmgr.tenant_keys import parse_list
+
+LOOK_SECONDS = 0.2
+"""CPU time of less than that makes no mean."""
+
+
+def list_tenants(m: Manager) -> list[TenantView]:
+    """All tenants, by name."""
+    return [_view(m, tenant) for tenant in m.store.tenants()]
+
+
+def get_tenant(m: Manager, name: str) -> TenantView:
+    """JailmgrError `missing`."""
+    return _view(m, ensure_tenant(m, name) if name == DEFAULT_TENANT else m.store.tenant(name))
+
+
+def _view(m: Manager, tenant: Tenant) -> TenantView:
+    promised = allocated(m, tenant.name)
+    watching = supervisor_process(m.root, tenant.name)
+    return TenantView(
+        tenant=tenant.name,
+        name=tenant.name,
+        description=tenant.config.get("user.description", ""),
+        created_at=rfc3339(tenant.created_at),
+        limits=totals_of(tenant.config),
+        allocated=promised,
+        used=_used(m, tenant, promised),
+        users=parse_list(tenant.config.get("users", "")),
+        groups=parse_list(tenant.config.get("groups", "")),
+        supervisor_pid=watching.pid if watching else None,
+        config=tenant.config,
+    )
+
+
+def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
+    memory, cpu_ns, processes = cgroups.usage(m.hierarchies, group_of(m, tenant.name))
+    pool = m.pool_if_open
+    return Used(
+        instances=len(running_jails(m.root, tenant.name)),
+        memory_bytes=memory or 0,
+        cpu=_mean_cpus(m, tenant.name, cpu_ns or 0),
+        processes=processes or 0,
+        disk_bytes=(tenant_usage(pool, tenant.name, tenant.id) if pool is not None else None) or 0,
+        networks=promised.networks,
+        snapshots=promised.snapshots,
+        ports=promised.ports,
+        cpu_ns=cpu_ns or 0,
+    )
+
+
+def _mean_cpus(m: Manager, tenant: str, cpu_ns: int) -> float:
+    """Number of CPUs it kept busy since somebody looked, a moment ago or more."""
+    now = time.monotonic()
+    at, before, mean = m.cpu_seen.get(tenant, (m.opened_at, 0, 0.0))
+    if now - at >= LOOK_SECONDS:
+        mean = round(max(0, cpu_ns - before) / 1e9 / (now - at), 2)
+        m.cpu_seen[tenant] = (now, cpu_ns, mean)
+    return mean
