@@ -19,7 +19,7 @@ DEBIAN = "debian/bookworm"
 BUILD_WITHIN = 900
 """Seconds a build of Debian may take with a slow mirror."""
 
-_numbers = itertools.count(1)
+numbers = itertools.count(1)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -142,7 +142,7 @@ def _factory(instance: Instance, source: str, *always: str) -> Iterator[MakeJail
     made: list[str] = []
 
     def make(*options: str, name: str | None = None, start: bool = True) -> str:
-        name = name or f"j{next(_numbers)}"
+        name = name or f"j{next(numbers)}"
         made.append(name)
         if start:
             instance("launch", source, name, *always, *options)
@@ -159,7 +159,7 @@ def _factory(instance: Instance, source: str, *always: str) -> Iterator[MakeJail
 @pytest.fixture
 def other_tenant(jm: Instance) -> Iterator[str]:
     """A second tenant, deleted with its jails after the test."""
-    tenant = f"t{next(_numbers)}"
+    tenant = f"t{next(numbers)}"
     jm.json("list")
     jm.ok("POST", "/1.0/projects", {"name": tenant, "config": {}})
     yield tenant

@@ -284,7 +284,7 @@ def test_a_hosts_route_is_avoided(new_instance: MakeInstance) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ("snapshot", "list", "x"), ("copy", "a", "b"), ("tenant", "list"), ("apply", "lab.toml"), ("nonsense",),
+        ("snapshot", "list", "x"), ("copy", "a", "b"), ("apply", "lab.toml"), ("nonsense",),
         ("launch",), ("launch", "busybox", "a", "b"), ("list", "--no-such-option"), ("list", "--format", "xml"),
         ("port", "publish", "x"), ("set", "x"),
     ],
@@ -295,12 +295,12 @@ def test_wrong_usage(jm: Instance, argv: tuple[str, ...]) -> None:
 
 def test_what_is_not_built_yet_is_not_listed(jm: Instance) -> None:
     commands = jm("--help").out
-    for later in ("snapshot", "import", "export", "apply", "publish ", "tenant ", "top "):
+    for later in ("snapshot", "import", "export", "apply", "publish ", "top "):
         assert f"\n  {later}" not in commands
 
 
 def test_every_command_has_help_with_an_example(jm: Instance) -> None:
-    groups = ("template", "image", "port", "engine")
+    groups = ("template", "image", "tenant", "port", "engine")
     listed = [
         line.split()[0] for line in jm("--help").out.partition("Commands:")[2].splitlines() if line.startswith("  ")
     ]
