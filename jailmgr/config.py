@@ -54,6 +54,15 @@ class Root(Record):
         return f"{self.run}/engine.sock"
 
     @property
+    def users(self) -> str:
+        """Directory, which everybody may enter, of the sockets for users who are not root: HTTP, and sessions."""
+        return f"{self.at}/users" if self.at else "/run/jailmgr-users"
+
+    @property
+    def user_socket(self) -> str:
+        return f"{self.users}/engine.sock"
+
+    @property
     def store(self) -> str:
         return f"{self.lib}/store.db"
 
@@ -119,10 +128,11 @@ def find_root(root: str | None = None) -> Root:
         checksum, index = divmod(checksum, 36)
         mark += "0123456789abcdefghijklmnopqrstuvwxyz"[index]
     found = Root(f"{at}/lib", f"{at}/run", f"{at}/etc", mark, at)
-    if len(os.fsencode(found.socket)) > SOCKET_MAX:
+    longest = len(os.fsencode(found.users)) + len("/session.sock")
+    if longest > SOCKET_MAX:
         raise JailmgrError(
             f"root {at}",
-            f"the path of its socket would have {len(os.fsencode(found.socket))} bytes, the kernel takes {SOCKET_MAX}",
+            f"the path of its socket would have {longest} bytes, the kernel takes {SOCKET_MAX}",
             "Choose a shorter path for JAILMGR_ROOT.",
             "invalid",
         )

@@ -173,8 +173,13 @@ class Store(Database):
         with self.transaction() as db:
             db.execute("DELETE FROM images WHERE fingerprint = ?", (fingerprint,))
 
-    def count_jails_of_images(self) -> dict[str, int]:
-        return dict(self.select("SELECT image, count(*) FROM jails GROUP BY image"))
+    def count_jails_of_images(self, tenants: list[str] | None = None) -> dict[str, int]:
+        """By fingerprint; those of some tenants only, or of all."""
+        query = (
+            "SELECT image, count(*) FROM jails WHERE ? IS NULL OR tenant IN (SELECT value FROM json_each(?)) GROUP BY 1"
+        )
+        told = None if tenants is None else _text(tenants)
+        return dict(self.select(query, told, told))
 
     def _with_aliases(self, image: Image) -> Image:
         rows = self.select("SELECT alias FROM aliases WHERE fingerprint = ? ORDER BY alias", image.fingerprint)
@@ -295,17 +300,17 @@ class Store(Database):
         )
         return [Port(*row) for row in rows]
 
-    def port_owner(self, port: Port) -> str | None:
-        """TENANT/NAME of the jail that has this host port, or one that overlaps with it; None if it is free."""
+    def port_owner(self, port: Port) -> tuple[str, str] | None:
+        """Tenant and name of the jail that has this host port, or one that overlaps with it; None if it is free."""
         found = self.select(
-            "SELECT j.tenant || '/' || j.name FROM ports p JOIN jails j ON j.id = p.jail WHERE p.protocol = ? AND"
+            "SELECT j.tenant, j.name FROM ports p JOIN jails j ON j.id = p.jail WHERE p.protocol = ? AND"
             " p.host_port = ? AND (p.host_address = ? OR p.host_address = '' OR ? = '')",
             port.protocol,
             port.host_port,
             port.host_address,
             port.host_address,
         )
-        return str(found[0][0]) if found else None
+        return (str(found[0][0]), str(found[0][1])) if found else None
 
     def set_ports(self, jail: Jail, ports: list[Port]) -> None:
         """A jail's published ports become these. JailmgrError `exists` where one is another jail's."""
@@ -313,11 +318,18 @@ class Store(Database):
             db.execute("DELETE FROM ports WHERE jail = ?", (jail.id,))
             for port in ports:
                 if owner := self.port_owner(port):
-                    raise port_taken(port, f"it is published by jail {owner}")
+                    raise port_published(port, owner)
                 db.execute(
                     "INSERT INTO ports VALUES (?, ?, ?, ?, ?)",
                     (jail.id, port.host_address, port.host_port, port.port, port.protocol),
                 )
+
+
+def port_published(port: Port, owner: tuple[str, str]) -> JailmgrError:
+    """The error for one that a jail has: named where it is the same tenant's, for no tenant hears of another."""
+    if owner[0] == port.tenant:
+        return port_taken(port, f"it is published by jail {'/'.join(owner)}")
+    return port_taken(port, "another tenant publishes it")
 
 
 def port_taken(port: Port, why: str) -> JailmgrError:

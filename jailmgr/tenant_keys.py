@@ -95,8 +95,8 @@ TENANT: dict[str, Key] = {
     ),
     "restricted.ports": Key(
         _ports, True,
-        "Ports of the host it may publish, as `443,8000-8999`. Where it isn't set: all; its users, who are not root, "
-        "none below 1024.",
+        "Ports of the host it may publish, as `443,8000-8999`. Where it isn't set: all; in a tenant that has `users` "
+        "or `groups` those from 1024 on.",
     ),
     "users": Key(
         _words(_ACCOUNT, "the name of a user"), True, "Users of the host who may use the tenant, as `alice,bob`."

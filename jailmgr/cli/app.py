@@ -24,7 +24,7 @@ engine.add(group(app, "engine", "The background process; it starts by itself."))
 doctor.add(app)
 
 
-@command(app, example="jailmgr version", root=False)
+@command(app, example="jailmgr version", who="anyone")
 def version(settings: Settings) -> None:
     """Show the version."""
     about = {"version": __version__, "python": platform.python_version(), "kernel": platform.release()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import _socket
 import os
 
+from jailmgr.cli.settings import require_root
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict, from_os
 from jailmgr.runtime import compact_json
@@ -35,6 +36,10 @@ class Connection:
 
         Raises the JailmgrError that the engine tells, or one of code `unavailable` where it stops answering.
         """
+        return self._loads(self.fetch(method, path, body, within)).get("metadata")
+
+    def fetch(self, method: str, path: str, body: object = None, within: float = ANSWER_WITHIN) -> bytes:
+        """The engine's answer as it is. Raises as `call`."""
         content = b"" if body is None else compact_json.dumps(body).encode()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: jailmgr\r\nAccept: application/json\r\n"
@@ -44,7 +49,6 @@ class Connection:
             self._socket.settimeout(within)
             self._socket.sendall(head.encode() + content)
             status, answer = self._read_answer()
-            document = compact_json.loads(answer)
         except TimeoutError:
             raise JailmgrError(
                 f"engine at {self.root.socket}",
@@ -55,12 +59,19 @@ class Connection:
         except (OSError, ValueError) as error:
             raise lost(self.root, str(error)) from error
         if status < 400:
-            return document.get("metadata")
+            return answer
+        document = self._loads(answer)
         told = document.get("metadata")
         if isinstance(told, dict) and "what" in told:
             raise from_dict(told)
         what, _, why = str(document.get("error", f"HTTP status {status}")).partition(": ")
         raise JailmgrError(what if why else "engine", why or what)
+
+    def _loads(self, answer: bytes) -> Any:
+        try:
+            return compact_json.loads(answer)
+        except ValueError as error:
+            raise lost(self.root, str(error)) from error
 
     def _read_answer(self) -> tuple[int, bytes]:
         while b"\r\n\r\n" not in self._buffer:
@@ -116,7 +127,7 @@ def connect(root: Root) -> Connection | None:
     """A connection to the engine; None where none runs."""
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        sock.connect(root.socket)
+        sock.connect(root.socket if os.geteuid() == 0 else root.user_socket)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
         sock.close()
         return None
@@ -134,6 +145,8 @@ def ensure_engine(root: Root) -> Connection:
     connection = connect(root)
     if connection is not None:
         return connection
+    if os.geteuid() != 0:
+        require_root()
     import fcntl
 
     try:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from jailmgr.cli.settings import Settings, require_root, settle
+from jailmgr.cli.settings import Settings, require_door, require_root, settle
+
+Who = Literal["root", "users", "anyone"]
 
 FORMATS = ("table", "json", "yaml", "csv")
 
@@ -61,20 +63,22 @@ def take_globals(callback: Callable[[], None]) -> Callable[..., None]:
 
 
 def command(
-    app: typer.Typer, name: str | None = None, *, example: str, root: bool = True
+    app: typer.Typer, name: str | None = None, *, example: str, who: Who = "users"
 ) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
     """Make a function known to Typer as the command `name`, with the global options and an example in its help.
 
-    The function's first parameter is the command's `Settings`; it returns its exit status, None for 0. `root`: only
-    root may run it.
+    The function's first parameter is the command's `Settings`; it returns its exit status, None for 0. `who` may run
+    it: `users` are root and those whom a tenant names.
     """
 
     def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
         def run(context: typer.Context, **given: Any) -> int | None:
             chosen = _remember(context, {key: given.pop(key) for key in GLOBALS})
             settings = settle(chosen)
-            if root:
+            if who == "root":
                 require_root()
+            elif who == "users":
+                require_door(settings.root)
             return function(settings, **given)
 
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]

@@ -13,7 +13,7 @@ from jailmgr.cli.settings import Settings
 
 def add(app: typer.Typer) -> None:
     """Add the command to the app."""
-    command(app, example="jailmgr doctor")(doctor)
+    command(app, example="jailmgr doctor", who="root")(doctor)
 
 
 def doctor(

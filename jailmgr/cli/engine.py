@@ -26,11 +26,11 @@ AUTOSTART_WITHIN = 3600.0
 
 def add(app: typer.Typer) -> None:
     """Add the commands to the noun's app."""
-    command(app, example="jailmgr engine run")(run)
-    command(app, example="jailmgr engine status --format json")(status)
-    command(app, example="jailmgr engine stop")(stop)
-    command(app, example="jailmgr engine autostart")(autostart)
-    command(app, example="jailmgr engine shutdown")(shutdown)
+    command(app, example="jailmgr engine run", who="root")(run)
+    command(app, example="jailmgr engine status --format json", who="root")(status)
+    command(app, example="jailmgr engine stop", who="root")(stop)
+    command(app, example="jailmgr engine autostart", who="root")(autostart)
+    command(app, example="jailmgr engine shutdown", who="root")(shutdown)
 
 
 def run(settings: Settings) -> int:

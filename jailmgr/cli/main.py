@@ -60,11 +60,11 @@ def _run(words: list[str]) -> int:
     if read is None:
         return _run_typer(words)
     from jailmgr.cli import actions
-    from jailmgr.cli.settings import require_root, settle
+    from jailmgr.cli.settings import require_door, settle
 
     command, chosen, given = read
     settings = settle(chosen)
-    require_root()
+    require_door(settings.root)
     action = {"exec": actions.exec_, "start": actions.start, "stop": actions.stop, "list": actions.list_}[command]
     return action(settings, **given)  # type: ignore[operator,no-any-return]
 

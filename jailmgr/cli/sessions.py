@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from jailmgr.cli import actions
+from jailmgr.cli.client import ensure_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.jails import Name
 from jailmgr.cli.output import remark
@@ -82,18 +84,31 @@ def logs(
     ] = None,
 ) -> int:
     """Show what a jail's console has shown."""
-    from jailmgr.runtime.logs import logs as read_logs
-
     tenant, jail = split_name(settings, name)
     actions.check_known(settings, tenant, jail)
     terminal, rest = os.isatty(1), b""
     sys.stdout.flush()
-    for part in read_logs(settings.root, tenant, jail, lines, follow):
+    for part in _parts(settings, tenant, jail, lines, follow):
         if terminal:
             part, rest = tame(rest + part)
         _write(part)
     _write(tame(rest + b"\n")[0] if rest else b"")
     return 0
+
+
+def _parts(settings: Settings, tenant: str, jail: str, lines: int | None, follow: bool) -> Iterator[bytes]:
+    """Of the log. Its files are root's: others get what they hold from the engine, then what comes."""
+    from jailmgr.runtime import attach, logs
+
+    if os.geteuid() == 0:
+        yield from logs.logs(settings.root, tenant, jail, lines, follow)
+        return
+    connection = ensure_engine(settings.root)
+    kept = connection.fetch("GET", f"/1.0/instances/{jail}/console?project={tenant}")
+    yield logs.last_lines(kept, lines)
+    if follow:
+        with attach.connect_user(settings.root, tenant, jail) as supervisor:
+            yield from logs.follow(supervisor, jail)
 
 
 def tame(text: bytes) -> tuple[bytes, bytes]:

@@ -70,9 +70,15 @@ def split_name(settings: Settings, text: str) -> tuple[str, str]:
 
 
 def require_root() -> None:
-    """JailmgrError unless the caller is root: the engine and the supervisors answer nobody else."""
+    """JailmgrError unless the caller is root."""
     if os.geteuid() != 0:
         raise JailmgrError("jailmgr", "only root may do this", "Run it with sudo.", "denied")
+
+
+def require_door(root: Root) -> None:
+    """JailmgrError unless the caller is root, or there is a door for others (engine/door.py)."""
+    if os.geteuid() != 0 and not os.path.exists(root.user_socket):
+        require_root()
 
 
 def wrong_usage(what: str, why: str, hint: str = "") -> JailmgrError:

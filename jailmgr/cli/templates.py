@@ -22,7 +22,7 @@ def add(app: typer.Typer) -> None:
     """Add the commands to the noun's app."""
     command(app, "list", example="jailmgr template list")(list_)
     command(app, "show", example="jailmgr template show debian")(show_)
-    command(app, example="jailmgr template validate ./my-template", root=False)(validate)
+    command(app, example="jailmgr template validate ./my-template", who="anyone")(validate)
     command(app, example="jailmgr template build debian/bookworm")(build)
 
 

@@ -35,7 +35,13 @@ log = logging.getLogger(__name__)
 class Operation:
     """One of them. Its thread only writes `progress`; all else belongs to the event loop."""
 
-    def __init__(self, description: str, resources: dict[str, list[str]], may_cancel: bool) -> None:
+    def __init__(
+        self, description: str, resources: dict[str, list[str]], may_cancel: bool, tenant: str, uid: int
+    ) -> None:
+        self.tenant = tenant
+        """Whose it is; empty where it is root's affair alone."""
+        self.uid = uid
+        """Who began it."""
         self.id = str(uuid.uuid4())
         self.description = description
         self.resources = resources
@@ -93,7 +99,13 @@ class Operations:
         self._idle.set()
 
     def begin(
-        self, description: str, work: Work, resources: dict[str, list[str]] | None = None, may_cancel: bool = False
+        self,
+        description: str,
+        work: Work,
+        resources: dict[str, list[str]] | None = None,
+        may_cancel: bool = False,
+        tenant: str = "",
+        uid: int = 0,
     ) -> Operation:
         """Start `work` in a thread of its own. JailmgrError `unavailable` when too many run or we are stopping."""
         if self._closed:
@@ -102,7 +114,7 @@ class Operations:
             raise JailmgrError(
                 description, f"{RUNNING_MAX} operations are under way", "Wait for some to end.", "unavailable"
             )
-        operation = Operation(description, resources or {}, may_cancel)
+        operation = Operation(description, resources or {}, may_cancel, tenant, uid)
         thread = threading.Thread(target=self._run, args=(operation, work), name=description, daemon=True)
         self._running[operation.id] = operation
         self._idle.clear()
@@ -147,8 +159,11 @@ class Operations:
         """JailmgrError `missing` for one never begun, or ended a while ago."""
         operation = self._running.get(id_) or self._ended.get(id_)
         if operation is None:
-            raise JailmgrError(f"operation {id_}", "there is none, or it ended a while ago", "", "missing")
+            raise no_such(id_)
         return operation
+
+    def running(self) -> list[Operation]:
+        return list(self._running.values())
 
     def all(self) -> list[Operation]:
         return [*self._running.values(), *self._ended.values()]
@@ -169,6 +184,10 @@ class Operations:
             if operation.may_cancel:
                 self.cancel(operation)
         return await wait(self._idle, within)
+
+
+def no_such(id_: str) -> JailmgrError:
+    return JailmgrError(f"operation {id_}", "there is none, or it ended a while ago", "", "missing")
 
 
 async def wait(event: asyncio.Event, seconds: float) -> bool:

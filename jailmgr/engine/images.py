@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from jailmgr.engine.answers import accepted, done
 from jailmgr.engine.instances import Source
-from jailmgr.engine.requests import Body, body_of, call, engine_of
+from jailmgr.engine.requests import Body, begin, body_of, call, engine_of, own_all
 from jailmgr.manager import images
 from jailmgr.manager.host import Cancelled, Progress
 
@@ -18,7 +18,7 @@ class NewImage(Body, frozen=True):
 
 async def list_all(request: Request) -> Response:
     """GET /1.0/images"""
-    return done(await call(request, images.list_images))
+    return done(await call(request, images.list_images, own_all(request)))
 
 
 async def add(request: Request) -> Response:
@@ -29,12 +29,12 @@ async def add(request: Request) -> Response:
         image = images.ensure_image(engine.manager, body.source.alias, progress, cancelled)
         return {"fingerprint": image.fingerprint}
 
-    return accepted(engine.operations.begin(f"building {body.source.alias}", work, may_cancel=True))
+    return accepted(begin(request, "", f"building {body.source.alias}", work, may_cancel=True))
 
 
 async def show(request: Request) -> Response:
     """GET /1.0/images/REFERENCE"""
-    return done(await call(request, images.get_image, request.path_params["reference"]))
+    return done(await call(request, images.get_image, request.path_params["reference"], own_all(request)))
 
 
 async def remove(request: Request) -> Response:

@@ -10,10 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jailmgr.engine.answers import accepted, done
-from jailmgr.engine.requests import Body, body_of, call, engine_of, flag, number, tenant_of, tenants_of
+from jailmgr.engine.requests import Body, begin, body_of, call, engine_of, flag, listed, number, tenant_of
 from jailmgr.manager import configure, create, delete, start, stop, view
 from jailmgr.manager.host import Cancelled, Manager, Progress
 from jailmgr.model import JailInfo
+from jailmgr.runtime.logs import shown
 
 STATUS_CODE = {"Running": 103, "Stopped": 102, "Frozen": 110, "Error": 112}
 """LXD's codes of an instance's state."""
@@ -57,7 +58,7 @@ class StateChange(Body, frozen=True):
 
 async def list_all(request: Request) -> Response:
     """GET /1.0/instances: paths, with `recursion=1` or 2 the jails themselves."""
-    found = await call(request, view.list_jails, tenants_of(request))
+    found = [jail for tenant in listed(request) for jail in await call(request, view.list_jails, tenant)]
     if number(request, "recursion", 0) > 0:
         return done(found)
     return done([_path(jail.tenant, jail.name) for jail in found])
@@ -76,12 +77,18 @@ async def add(request: Request) -> Response:
 
     title = f"{'launching' if body.start else 'creating'} {body.name or body.source.alias}"
     resources = {"instances": [_path(tenant, body.name)]} if body.name else {}
-    return accepted(engine.operations.begin(title, work, resources, may_cancel=True))
+    return accepted(begin(request, tenant, title, work, resources, may_cancel=True))
 
 
 async def show(request: Request) -> Response:
     """GET /1.0/instances/NAME"""
     return done(await _info(request))
+
+
+async def show_console(request: Request) -> Response:
+    """GET /1.0/instances/NAME/console: what the console has shown, as it is."""
+    tenant, name = _jail(request)
+    return Response(await call(request, _console_log, tenant, name), media_type="application/octet-stream")
 
 
 async def show_state(request: Request) -> Response:
@@ -151,13 +158,18 @@ async def _begin(request: Request, title: str, use_case: Any, *args: Any, **kwar
     def work(_progress: Progress, _cancelled: Cancelled) -> Any:
         return use_case(engine.manager, tenant, name, *args, **kwargs)
 
-    return accepted(engine.operations.begin(title, work, {"instances": [_path(tenant, name)]}))
+    return accepted(begin(request, tenant, title, work, {"instances": [_path(tenant, name)]}))
 
 
 def _check_known(m: Manager, tenant: str, name: str) -> None:
     """JailmgrError `missing`. Whether one that is being made or deleted is in the way, the use case says."""
     if m.store.find_row(tenant, name) is None:
         m.store.jail(tenant, name)
+
+
+def _console_log(m: Manager, tenant: str, name: str) -> bytes:
+    _check_known(m, tenant, name)
+    return shown(m.root, tenant, name)
 
 
 def _jail(request: Request) -> tuple[str, str]:

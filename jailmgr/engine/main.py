@@ -34,22 +34,22 @@ PREDECESSOR_SECONDS = 60.0
 
 def main() -> int:
     """The process that a command or systemd starts; its exit status."""
-    ready, listening, told = _ready_fd(), systemd.take_socket(), systemd.take_notify()
+    ready, given, told = _ready_fd(), systemd.take_sockets(), systemd.take_notify()
     try:
-        run(find_root(), ready, listening, told)
+        run(find_root(), ready, given, told)
     except JailmgrError as error:
         print(f"Error: {error}\nHint: {error.hint}" if error.hint else f"Error: {error}", file=sys.stderr)
         _tell(ready, error.as_dict())
-        if listening is not None:
-            _refuse(listening, error)
+        if systemd.ENGINE in given:
+            _refuse(given[systemd.ENGINE], error)
         return 1
     return 0
 
 
-def run(root: Root, ready: int | None = None, listening: socket.socket | None = None, told: str = "") -> None:
+def run(root: Root, ready: int | None = None, given: Mapping[str, socket.socket] | None = None, told: str = "") -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP.
 
-    `ready`: see READY_FD; with it the log goes to run/engine.log, without it to stderr. `listening` is the socket to
+    `ready`: see READY_FD; with it the log goes to run/engine.log, without it to stderr. `given` are the sockets to
     serve, and `told` where to say that we do, where systemd gave them to us. Raises JailmgrError: `denied` where we
     aren't root, `conflict` where another engine serves this root, or what the manager can't start with.
     """
@@ -61,7 +61,7 @@ def run(root: Root, ready: int | None = None, listening: socket.socket | None = 
             os.makedirs(root.run, mode=0o700, exist_ok=True)
             if ready is None:
                 fcntl.flock(_open_lock(f"{root.run}/engine.starting", starting), fcntl.LOCK_EX)
-            _become_the_one(root, held, alone=listening is not None)
+            _become_the_one(root, held, alone=systemd.ENGINE in (given or {}))
             _raise_descriptor_limit()
             _share_one_heap()
         except OSError as error:
@@ -79,7 +79,7 @@ def run(root: Root, ready: int | None = None, listening: socket.socket | None = 
             systemd.notify(told, "READY=1")
             starting.close()
 
-        serve(root, serves, listening)
+        serve(root, serves, given)
 
 
 def _become_the_one(root: Root, held: ExitStack, alone: bool) -> None:

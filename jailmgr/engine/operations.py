@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jailmgr.engine.answers import done
-from jailmgr.engine.background import Operation, wait
-from jailmgr.engine.requests import engine_of, number
+from jailmgr.engine.background import Operation, no_such, wait
+from jailmgr.engine.requests import engine_of, number, own_all
 
 
 async def list_all(request: Request) -> Response:
@@ -17,6 +17,8 @@ async def list_all(request: Request) -> Response:
     whole = number(request, "recursion", 0) > 0
     found: dict[str, list[Any]] = {}
     for operation in engine_of(request).operations.all():
+        if not _may_see(request, operation):
+            continue
         found.setdefault(operation.status.lower(), []).append(operation.view() if whole else operation.path)
     return done(found)
 
@@ -40,4 +42,12 @@ async def cancel(request: Request) -> Response:
 
 
 def _operation(request: Request) -> Operation:
-    return engine_of(request).operations.get(request.path_params["id"])
+    operation = engine_of(request).operations.get(request.path_params["id"])
+    if not _may_see(request, operation):
+        raise no_such(request.path_params["id"])
+    return operation
+
+
+def _may_see(request: Request, operation: Operation) -> bool:
+    tenants = own_all(request)
+    return tenants is None or operation.tenant in tenants

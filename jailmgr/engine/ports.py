@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jailmgr.engine.answers import done
-from jailmgr.engine.requests import Body, body_of, call, tenant_of, tenants_of
+from jailmgr.engine.requests import Body, body_of, call, listed, own, tenant_of
 from jailmgr.manager import ports
 
 Number = Annotated[int, Meta(ge=1, le=65535)]
@@ -39,19 +39,23 @@ class OldPort(Body, frozen=True):
 
 async def list_all(request: Request) -> Response:
     """GET /1.0/ports"""
-    return done(await call(request, ports.list_ports, tenants_of(request)))
+    return done([port for tenant in listed(request) for port in await call(request, ports.list_ports, tenant)])
 
 
 async def add(request: Request) -> Response:
     """POST /1.0/ports: published when answered."""
     body = await body_of(request, NewPort)
-    where = (body.tenant or tenant_of(request), body.jail, body.host_address, body.host_port, body.port, body.protocol)
+    where = (_tenant(request, body), body.jail, body.host_address, body.host_port, body.port, body.protocol)
     return done(await call(request, ports.publish, *where))
 
 
 async def remove(request: Request) -> Response:
     """DELETE /1.0/ports"""
     body = await body_of(request, OldPort)
-    where = (body.tenant or tenant_of(request), body.jail, body.host_port, body.protocol, body.host_address)
+    where = (_tenant(request, body), body.jail, body.host_port, body.protocol, body.host_address)
     await call(request, ports.unpublish, *where)
     return done({})
+
+
+def _tenant(request: Request, body: NewPort | OldPort) -> str:
+    return own(request, body.tenant) if body.tenant else tenant_of(request)

@@ -35,7 +35,11 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        uid = peer_uid(transport.get_extra_info("socket"))
+        self.let_in(transport.get_extra_info("socket"))
+
+    def let_in(self, sock: socket.socket) -> None:
+        """Decide what application the peer gets."""
+        uid = peer_uid(sock)
         if uid not in self.allowed:
             log.warning("refused a connection of uid %d", uid)
             self.app = forbidden

@@ -13,8 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from jailmgr.config import Root
-from jailmgr.engine.background import Operations
+from jailmgr.engine.background import Operation, Operations, Work
+from jailmgr.engine.callers import OPERATIONS_EACH
+from jailmgr.engine.door import Door
 from jailmgr.errors import JailmgrError
+from jailmgr.manager.access import Caller, tenants_of
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
 
 BODY_MAX = 1024 * 1024
@@ -32,6 +35,7 @@ class Engine(NamedTuple):
     operations: Operations
     threads: ThreadPoolExecutor
     started_at: float
+    door: Door
 
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,14 +48,59 @@ def engine_of(request: Request) -> Engine:
     return engine
 
 
+def caller_of(request: Request) -> Caller | None:
+    """Who asks, where it isn't root."""
+    return request.scope.get("jailmgr.caller")
+
+
+async def known(request: Request) -> None:
+    """Look up, once for each request, which tenants a caller who isn't root may use."""
+    caller = caller_of(request)
+    if caller is not None:
+        request.scope["jailmgr.tenants"] = await call(request, tenants_of, caller)
+
+
+def own(request: Request, tenant: str) -> str:
+    """The tenant, where the caller may use it; JailmgrError `missing`, as if there were none, where not."""
+    if caller_of(request) is None or tenant in request.scope["jailmgr.tenants"]:
+        return tenant
+    yours = ", ".join(request.scope["jailmgr.tenants"])
+    hint = f"You may use: {yours} (--tenant, or JAILMGR_TENANT)." if yours else ""
+    raise JailmgrError(f"tenant {tenant}", "there is none of that name", hint, "missing")
+
+
+def own_all(request: Request) -> list[str] | None:
+    """The tenants a caller may use; None for root, who may use all."""
+    return None if caller_of(request) is None else list(request.scope["jailmgr.tenants"])
+
+
 def tenant_of(request: Request) -> str:
-    """LXD's `?project=`."""
-    return request.query_params.get("project") or DEFAULT_TENANT
+    """LXD's `?project=`. JailmgrError as `own`."""
+    return own(request, request.query_params.get("project") or DEFAULT_TENANT)
 
 
-def tenants_of(request: Request) -> str | None:
-    """The tenant that a list is of; None for all (`?all-projects=true`)."""
-    return None if flag(request, "all-projects") else tenant_of(request)
+def listed(request: Request) -> list[str | None]:
+    """The tenants that a list is of; None stands for all (`?all-projects=true`)."""
+    if not flag(request, "all-projects"):
+        return [tenant_of(request)]
+    tenants = own_all(request)
+    return [None] if tenants is None else [*tenants]
+
+
+def begin(
+    request: Request,
+    tenant: str,
+    title: str,
+    work: Work,
+    resources: dict[str, list[str]] | None = None,
+    may_cancel: bool = False,
+) -> Operation:
+    """Begin an operation on a tenant's behalf, empty for none. JailmgrError `unavailable` where too many run."""
+    operations, caller = engine_of(request).operations, caller_of(request)
+    uid = 0 if caller is None else caller.uid
+    if uid and sum(other.uid == uid for other in operations.running()) >= OPERATIONS_EACH:
+        raise JailmgrError(title, f"{OPERATIONS_EACH} operations of yours are under way", "", "unavailable")
+    return operations.begin(title, work, resources, may_cancel, tenant, uid)
 
 
 def flag(request: Request, name: str) -> bool:
@@ -96,6 +145,10 @@ async def call(
     request: Request, function: Callable[Concatenate[Manager, P], T], *args: P.args, **kwargs: P.kwargs
 ) -> T:
     """Call one of the manager's functions in a thread, so that its waiting holds up no other request."""
-    engine = engine_of(request)
+    engine, caller = engine_of(request), caller_of(request)
     work = partial(function, engine.manager, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(engine.threads, work)
+    loop = asyncio.get_running_loop()
+    if caller is None:
+        return await loop.run_in_executor(engine.threads, work)
+    async with engine.door.shares.request(caller.uid):
+        return await loop.run_in_executor(engine.door.shares.threads, work)

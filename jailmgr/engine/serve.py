@@ -9,15 +9,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from jailmgr.config import Root
+from jailmgr.engine import systemd
 from jailmgr.engine.app import make_app
 from jailmgr.engine.background import Operations
+from jailmgr.engine.door import Door
 from jailmgr.engine.protocol import Server
 from jailmgr.engine.requests import Engine
+from jailmgr.manager.access import is_shared
 from jailmgr.manager.host import Manager
 
 GRACE_SECONDS = 30.0
@@ -30,15 +33,15 @@ THREADS = 32
 log = logging.getLogger(__name__)
 
 
-def serve(root: Root, serves: Callable[[], None], listening: socket.socket | None = None) -> None:
+def serve(root: Root, serves: Callable[[], None], given: Mapping[str, socket.socket] | None = None) -> None:
     """Open the manager, call `serves` once requests are answered, return after a signal when all is put away.
 
-    `listening`: a socket that others made and keep; else one is made. The caller holds `engine.lock`. Raises
-    JailmgrError where the manager can't be opened.
+    `given`: sockets that others made and keep (systemd.take_sockets); else they are made. The caller holds
+    `engine.lock`. Raises JailmgrError where the manager can't be opened.
     """
     manager = Manager(root)
     manager.open()
-    if asyncio.run(_serve(root, manager, serves, listening)):
+    if asyncio.run(_serve(root, manager, serves, given or {})):
         manager.close()
         log.info("engine ended")
     else:
@@ -49,16 +52,21 @@ def serve(root: Root, serves: Callable[[], None], listening: socket.socket | Non
         os._exit(0)
 
 
-async def _serve(root: Root, manager: Manager, serves: Callable[[], None], listening: socket.socket | None) -> bool:
+async def _serve(root: Root, manager: Manager, serves: Callable[[], None], given: Mapping[str, socket.socket]) -> bool:
     """True when nobody works with the manager any more."""
+    listening = given.get(systemd.ENGINE)
     threads = ThreadPoolExecutor(THREADS, "request")
     operations = Operations()
-    server = Server(make_app(Engine(root, manager, operations, threads, time.time())), serves)
+    door = Door(root, manager)
+    door.give({name: sock for name, sock in given.items() if name != systemd.ENGINE})
+    door.app = make_app(Engine(root, manager, operations, threads, time.time(), door))
+    server = Server(door.app, serves)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
 
+    await door.settle(is_shared(manager))
     serving = asyncio.create_task(server.serve([listening or listen(root)]))
     stopped = asyncio.create_task(stop.wait())
     log.info("engine serves %s, pid %d", root.socket, os.getpid())
@@ -68,10 +76,16 @@ async def _serve(root: Root, manager: Manager, serves: Callable[[], None], liste
     if listening is None:
         with suppress(FileNotFoundError):
             os.unlink(root.socket)
+    await door.close()
     idle = await operations.close(GRACE_SECONDS)
     server.leave.set()
     await serving
-    closing = threading.Thread(target=threads.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+
+    def shut() -> None:
+        threads.shutdown(cancel_futures=True)
+        door.shares.threads.shutdown(cancel_futures=True)
+
+    closing = threading.Thread(target=shut, daemon=True)
     closing.start()
     closing.join(REQUEST_SECONDS)
     return idle and not closing.is_alive()

@@ -11,18 +11,27 @@ import socket
 _FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 
+ENGINE = "engine.sock"
+"""The name of the engine's own."""
 
-def take_socket() -> socket.socket | None:
-    """The socket that a .socket unit listens on in our stead, close-on-exec; None where there is none.
 
-    What told us of it leaves the environment: our children have no part in it.
+def take_sockets() -> dict[str, socket.socket]:
+    """The sockets that .socket units listen on in our stead, close-on-exec, by the name of their file.
+
+    What told us of them leaves the environment: our children have no part in it. All for users who are not root lie in
+    a directory of their own, and are named after it as well: `users/engine.sock`.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or count != "1":
-        return None
-    os.set_inheritable(_FIRST_FD, False)
-    return socket.socket(fileno=_FIRST_FD)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return {}
+    found = {}
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        os.set_inheritable(fd, False)
+        sock = socket.socket(fileno=fd)
+        directory, name = os.path.split(str(sock.getsockname()))
+        found[f"users/{name}" if os.path.basename(directory).endswith("users") else name] = sock
+    return found
 
 
 def take_notify() -> str:

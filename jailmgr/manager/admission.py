@@ -37,6 +37,10 @@ COUNTED = ("instances", "networks", "snapshots", "ports")
 """The kernel doesn't know these: they are never overcommitted."""
 
 
+PRIVILEGED = 1024
+"""Ports below are root's, as everywhere (ip_unprivileged_port_start, ip-sysctl)."""
+
+
 class Promise(msgspec.Struct, frozen=True):
     """What one jail was promised; 0 where it has no limit of its own."""
 
@@ -214,9 +218,12 @@ def _network(jail: Jail) -> str:
 
 
 def _check_ports(tenant: Tenant, ports: list[Port]) -> None:
-    if "restricted.ports" not in tenant.config:
+    if "restricted.ports" in tenant.config:
+        allowed = parse_ports(tenant.config["restricted.ports"])
+    elif tenant.config.get("users") or tenant.config.get("groups"):
+        allowed = [(PRIVILEGED, 65535)]
+    else:
         return
-    allowed = parse_ports(tenant.config["restricted.ports"])
     for port in ports:
         if not any(first <= port.host_port <= last for first, last in allowed):
             told = ", ".join(f"{first}-{last}" if first != last else str(first) for first, last in allowed) or "none"

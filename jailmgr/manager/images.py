@@ -215,16 +215,16 @@ def find_image(m: Manager, reference: str) -> Image:
     return image
 
 
-def list_images(m: Manager) -> list[ImageView]:
-    """Images, the oldest first."""
-    counts = m.store.count_jails_of_images()
+def list_images(m: Manager, tenants: list[str] | None = None) -> list[ImageView]:
+    """Images, the oldest first. Of jails those of `tenants` are counted; None for all."""
+    counts = m.store.count_jails_of_images(tenants)
     return [image_view(image, counts.get(image.fingerprint, 0)) for image in m.store.images()]
 
 
-def get_image(m: Manager, reference: str) -> ImageInfo:
-    """One image with its manifest. JailmgrError `missing`."""
+def get_image(m: Manager, reference: str, tenants: list[str] | None = None) -> ImageInfo:
+    """One image with its manifest, counts as above. JailmgrError `missing`."""
     image = find_image(m, reference)
-    return image_info(image, m.store.count_jails_of_images().get(image.fingerprint, 0))
+    return image_info(image, m.store.count_jails_of_images(tenants).get(image.fingerprint, 0))
 
 
 def delete_image(m: Manager, reference: str) -> None:

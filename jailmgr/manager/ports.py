@@ -7,7 +7,7 @@ from jailmgr.key_checks import Endpoint, parse_endpoint
 from jailmgr.manager.host import Manager
 from jailmgr.model import Jail, Port
 from jailmgr.network.firewall import port_is_free
-from jailmgr.store import port_taken
+from jailmgr.store import port_published, port_taken
 
 
 def ports_of(jail: Jail) -> list[Port]:
@@ -29,8 +29,8 @@ def check_ports(m: Manager, jail: Jail, but: list[Port] | None = None) -> None:
         if port in (but or []):
             continue
         owner = m.store.port_owner(port)
-        if owner and owner != f"{jail.tenant}/{jail.name}":
-            raise port_taken(port, f"it is published by jail {owner}")
+        if owner and owner != (jail.tenant, jail.name):
+            raise port_published(port, owner)
         check_host(port)
 
 
@@ -67,7 +67,7 @@ def publish(
     _checked(device["connect"])
     wanted = Port(tenant, jail, listen.address, listen.port, port, protocol)
     if owner := m.store.port_owner(wanted):
-        raise port_taken(wanted, f"it is published by jail {owner}")
+        raise port_published(wanted, owner)
     name = f"port-{host_port}-{protocol}"
     if name in m.store.jail(tenant, jail).devices:
         name += "-" + listen.address.replace(":", ".").strip(".")

@@ -136,8 +136,22 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
     raise JailmgrError(f"supervisor of {tenant}", "does not answer", f"See {run}/supervisor.log.", "unavailable")
 
 
+def connect_user(root: Root, tenant: str, jail: str) -> Supervisor:
+    """For users who are not root: the engine has the jail's supervisor talk to them, about this jail only."""
+    try:
+        sock = protocol.connect(root.users, protocol.SESSIONS)
+    except OSError:
+        raise JailmgrError("jailmgr", "only root may do this", "Run it with sudo.", "denied") from None
+    supervisor = Supervisor(root, tenant, sock)
+    protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
+    supervisor.hear()
+    return supervisor
+
+
 def connect_running(root: Root, tenant: str, jail: str) -> Supervisor:
     """For `exec` and its like: the supervisor of a jail that runs, started anew when it was killed."""
+    if os.geteuid() != 0:
+        return connect_user(root, tenant, jail)
     sock = _try(root.tenant_run(tenant))
     if sock is not None:
         return Supervisor(root, tenant, sock)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict
-from jailmgr.runtime.attach import connect
+from jailmgr.runtime.attach import connect, connect_user
 
 
 def copy_out(root: Root, tenant: str, jail: str, path: str, taker: Callable[[int], None]) -> None:
@@ -24,7 +24,7 @@ def _copy(root: Root, tenant: str, jail: str, path: str, out: bool, other: Calla
     ear, mouth = os.pipe()
     theirs, ours = (mouth, ear) if out else (ear, mouth)
     broken: BaseException | None = None
-    with connect(root, tenant) as supervisor:
+    with connect(root, tenant) if os.geteuid() == 0 else connect_user(root, tenant, jail) as supervisor:
         try:
             supervisor.tell("archive", [theirs], jail=jail, lib=root.jail_lib(tenant, jail), path=path, out=out)
         finally:

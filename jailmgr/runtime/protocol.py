@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from typing import Any
 
 VERSION = 1
-SNAPSHOT = 1
+SNAPSHOT = 2
 """Of what a supervisor leaves to the release that goes on in its process (runtime/reexec.py)."""
+SNAPSHOTS = (1, 2)
+"""Those that can be read."""
 MESSAGE_MAX = 192 * 1024
 FDS_MAX = 8
 SOCKET = "supervisor.sock"
+SESSIONS = "session.sock"
+"""Beside the engine's socket for users who are not root: who may enter a jail is handed on to its supervisor."""
 
 
 class Message:

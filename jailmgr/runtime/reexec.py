@@ -2,7 +2,8 @@
 
     old: snapshot ─▶ memfd ─▶ execve ─▶ new: restore
 
-`protocol.SNAPSHOT` changes where `restore` of the release before could not read it: who asks compares it first.
+`protocol.SNAPSHOT` changes where `restore` of the release before could not read it, or would read it wrongly: who asks
+compares it first.
 Imported when a supervisor begins, since later the files may be another release's. Standard library only.
 """
 
@@ -105,6 +106,7 @@ def _session(session: Session) -> dict[str, Any]:
         "sock": session.sock.fileno(),
         "shows": "" if shows is None else shows.name,
         "stops": session.stops,
+        "admitted": session.admitted,
         "child": None if child is None else {"pidfd": child.pidfd, "signalled": child.signalled},
     }
 
@@ -113,7 +115,7 @@ def load(memfd: int) -> dict[str, Any]:
     """The snapshot, every fd in it close-on-exec again. JailmgrError `invalid` where it is none we can read."""
     with open(memfd, encoding="utf-8") as file:
         content = json.load(file)
-    if not isinstance(content, dict) or content.get("version") != protocol.SNAPSHOT:
+    if not isinstance(content, dict) or content.get("version") not in protocol.SNAPSHOTS:
         raise JailmgrError("supervisor", "the one before has left a state that this one can't read", "", "invalid")
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:
@@ -132,6 +134,7 @@ def restore(supervisor: Supervisor, content: dict[str, Any]) -> None:
         _restore_jail(jails[name], told)
     for told in content["sessions"]:
         session = supervisor.add_session(socket.socket(fileno=told["sock"]))
+        session.admitted = told.get("admitted")
         session.console_of = jails.get(told["shows"])
         if told["child"]:
             session.child = Child.of_program(session, told["child"]["pidfd"], told["child"]["signalled"])

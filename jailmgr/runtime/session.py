@@ -26,6 +26,8 @@ _NULL = os.makedev(1, 3)
 _OF_INIT = {"TERM", "GLIBC_TUNABLES"}
 """Variables of init's that are not for what is exec'd: the console's terminal, a template's tuning of process 1."""
 _PIPEFS_MAGIC = 0x50495045
+ADMITTED_MAX = 64
+"""Sessions of users in one jail: each costs the supervisor a descriptor, and some memory."""
 
 
 class Session:
@@ -38,6 +40,8 @@ class Session:
         self._open = True
         self.child: Child | None = None
         self.console_of: Jail | None = None
+        self.admitted: dict[str, str] | None = None
+        """For a user who is not root: the one jail, and its directory, that all requests are about."""
         self.stops = ""
         """Name of the jail whose end is waited for."""
         self._on_close: Callable[[], None] | None = None
@@ -87,7 +91,9 @@ class Session:
             self.close()
             return
         try:
-            operation = _OPERATIONS.get(str(message.body.get("op")))
+            if self.admitted is not None:
+                message.body |= self.admitted
+            operation = (_OPERATIONS if self.admitted is None else _OF_USERS).get(str(message.body.get("op")))
             spoken = message.body.get("v") == protocol.VERSION or operation in (Session._hello, Session._reexec)
             if operation is None or not spoken:
                 raise JailmgrError("supervisor", f"does not know {message.body.get('op')!r}", "", "invalid")
@@ -166,6 +172,16 @@ class Session:
     def _tell_end(self, ending: dict[str, Any]) -> None:
         self.stops = ""
         self.tell({"last": ending})
+
+    def _admit(self, body: dict[str, Any], fds: list[int]) -> None:
+        """A connection that the engine has let a user make, to enter one jail and no other."""
+        admitted = {"jail": str(body["jail"]), "lib": str(body["lib"])}
+        (sock,) = fds
+        if sum(session.admitted == admitted for session in self.supervisor.sessions) >= ADMITTED_MAX:
+            why = f"{ADMITTED_MAX} sessions of users are open in it"
+            raise JailmgrError(f"jail {admitted['jail']}", why, "End some of them.", "unavailable")
+        self.supervisor.add_session(socket.socket(fileno=os.dup(sock))).admitted = admitted
+        self.tell({})
 
     def _reexec(self, body: dict[str, Any], fds: list[int]) -> None:
         """Become another release of the supervisor, as soon as nothing is half done (runtime/reexec.py)."""
@@ -271,7 +287,9 @@ _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
     "archive": Session._archive,
     "console": Session._console,
     "window": Session._window,
+    "admit": Session._admit,
 }
+_OF_USERS = {name: _OPERATIONS[name] for name in ("hello", "exec", "signal", "archive", "console", "window")}
 
 
 def _give_pipes(fds: list[int], base: int) -> None:

@@ -120,12 +120,12 @@ def test_a_release_that_does_not_begin_changes_nothing(new_instance: Callable[[]
     instance = new_instance()
     instance("launch", "busybox", "one")
     init, supervisor = instance.info("one")["init_pid"], instance.info("one")["supervisor_pid"]
-    for name, old, new in (("reexec", "import", "def broken(:"), ("protocol", "SNAPSHOT = 1", "SNAPSHOT = 2")):
+    for name, old, new in (("reexec", "import", "def broken(:"), ("protocol", "SNAPSHOT = 2", "SNAPSHOT = 3")):
         source = release / "jailmgr" / "runtime" / f"{name}.py"
         whole = source.read_text()
         source.write_text(whole.replace(old, new, 1))
         with engine_of(release, instance):
-            assert said(instance) == {"v": 1, "pid": supervisor, "release": jailmgr.__version__, "snapshot": 1}
+            assert said(instance) == {"v": 1, "pid": supervisor, "release": jailmgr.__version__, "snapshot": 2}
         source.write_text(whole)
     with engine_of(release, instance):
         assert instance.info("one")["init_pid"] == init

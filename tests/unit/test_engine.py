@@ -21,6 +21,7 @@ from jailmgr.config import Root, find_root
 from jailmgr.engine import background
 from jailmgr.engine.app import make_app
 from jailmgr.engine.background import Operations
+from jailmgr.engine.door import Door
 from jailmgr.engine.protocol import Protocol, Server
 from jailmgr.engine.requests import BODY_MAX, Engine
 from jailmgr.engine.serve import listen
@@ -100,7 +101,9 @@ class Running:
     async def serve(self) -> None:
         self.loop, self.operations = asyncio.get_running_loop(), Operations()
         threads = ThreadPoolExecutor(4)
-        app = make_app(Engine(self.root, self.manager, self.operations, threads, time.time()))
+        app = make_app(
+            Engine(self.root, self.manager, self.operations, threads, time.time(), Door(self.root, self.manager))
+        )
         self.server = Server(app, self.started.set, self.protocol)
         await self.server.serve([listen(self.root)])
         threads.shutdown()
@@ -478,6 +481,7 @@ def test_ports(client: Client, fake: Callable[..., Spy]) -> None:
 
 def test_projects(client: Client, fake: Callable[..., Spy]) -> None:
     create, delete = fake("tenants.create_tenant"), fake("tenants.delete_tenant")
+    fake("access.is_shared", False)
     change, get = fake("tenants.set_tenant"), fake("tenant_view.get_tenant", {"name": "acme"})
     assert client("POST", "/1.0/projects", {"name": "acme"}).metadata == {"name": "acme"}
     config = {"limits.memory": "1GiB", "limits.cpu": None}
@@ -491,7 +495,7 @@ def test_image_references_may_have_slashes(client: Client, fake: Callable[..., S
     get, delete = fake("images.get_image", {}), fake("images.delete_image")
     client("GET", "/1.0/images/debian/trixie")
     client("DELETE", "/1.0/images/debian%2Ftrixie")
-    assert (get.calls, delete.calls) == ([(("debian/trixie",), {})], [(("debian/trixie",), {})])
+    assert (get.calls, delete.calls) == ([(("debian/trixie", None), {})], [(("debian/trixie",), {})])
 
 
 def test_requests_are_answered_side_by_side(client: Client, fake: Callable[..., Spy]) -> None:

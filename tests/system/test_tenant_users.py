@@ -1,0 +1,277 @@
+"""Users of the host who are not root, in the tenants that name them: what they may do, and above all what not."""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import grp
+import json
+import os
+import pwd
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from jailmgr.engine.callers import CONNECTIONS_EACH
+from jailmgr.runtime import protocol
+from tests.system.conftest import MakeJail, numbers
+from tests.system.instance import COMMAND, Instance, Result, until
+
+ALICE, BOB, GROUP = "daemon", "games", "mail"
+"""Users and a group that every Debian has."""
+READS = "+dac_read_search"
+"""The one capability the command keeps: the interpreter may lie where only root can read."""
+
+As = Callable[..., Result]
+
+
+@pytest.fixture
+def tenant(jm: Instance) -> Iterator[str]:
+    """Alice's, with one jail `web` in it."""
+    os.chmod(jm.root.at, 0o711)
+    name = f"t{next(numbers)}"
+    jm("tenant", "create", name, "-c", f"users={ALICE}", "--jails", "3")
+    jm("launch", "busybox", f"{name}/web")
+    yield name
+    for jail in jm.json("--tenant", name, "list"):
+        jm("delete", "--force", f"{name}/{jail['name']}")
+    jm("tenant", "delete", name)
+
+
+def run_as(jm: Instance, user: str, *argv: str, groups: str = "", status: int | None = 0, stdin: bytes = b"") -> Result:
+    """`jailmgr ARGV` as that user."""
+    supplementary = ["--groups", groups] if groups else ["--init-groups"]
+    become = ["--reuid", user, "--regid", str(pwd.getpwnam(user).pw_gid), *supplementary]
+    done = subprocess.run(
+        ["setpriv", *become, f"--inh-caps=-all,{READS}", f"--ambient-caps=-all,{READS}", "--", COMMAND, *argv],
+        input=stdin,
+        capture_output=True,
+        timeout=120,
+        env=jm.environment(),
+        check=False,
+    )
+    result = Result(list(argv), done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert "Traceback" not in result.err, result.told()
+    if status is not None:
+        assert result.status == status, result.told()
+    return result
+
+
+@contextlib.contextmanager
+def as_user(user: str) -> Iterator[None]:
+    """Be that user, with no capability, while it lasts: what the kernel tells of a peer is as of connect(2)."""
+    account = pwd.getpwnam(user)
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(account.pw_gid)
+    os.seteuid(account.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+def connected(jm: Instance, user: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(30)
+    with as_user(user):
+        sock.connect(jm.root.user_socket)
+    return sock
+
+
+def ask(sock: socket.socket, method: str, path: str, body: object = None) -> Any:
+    """The engine's answer over a connection that stays."""
+    content = b"" if body is None else json.dumps(body).encode()
+    sock.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        part = sock.recv(65536)
+        assert part, "it hung up"
+        answer += part
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    (length,) = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")]
+    while len(rest) < length:
+        rest += sock.recv(65536)
+    return json.loads(rest)
+
+
+def session(jm: Instance, user: str, tenant: str, jail: str) -> tuple[_socket.socket, dict[str, Any]]:
+    """A session as its protocol begins it, and the first answer."""
+    with as_user(user):
+        sock = protocol.connect(jm.root.users, protocol.SESSIONS)
+    protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
+    message = protocol.receive(sock)
+    assert message is not None
+    return sock, message.body  # type: ignore[return-value]
+
+
+def test_a_user_manages_the_jails_of_the_tenant(jm: Instance, tenant: str) -> None:
+    def alice(*argv: str, **more: Any) -> Result:
+        return run_as(jm, ALICE, "--tenant", tenant, *argv, **more)
+
+    alice("launch", "busybox", "mine", "-e", "GREETING=hello")
+    assert [jail["name"] for jail in alice("list", "--format", "json").json] == ["mine", "web"]
+    assert alice("exec", "mine", "--", "sh", "-c", "echo $GREETING; id -u").out == "hello\n0\n"
+    assert alice("exec", "mine", "--", "cat", stdin=b"in and out").out == "in and out"
+    assert alice("exec", "mine", "--", "sh", "-c", "exit 7", status=7).out == ""
+    alice("cp", "-", "mine:/root/note", stdin=b"kept")
+    alice("stop", "mine")
+    assert alice("cp", "mine:/root/note", "-").out == "kept"
+    alice("start", "mine")
+    assert "BusyBox" in alice("logs", "mine").out
+    alice("set", "mine", "limits.memory=64MiB")
+    assert alice("get", "mine", "limits.memory").out == "64MiB\n"
+    alice("port", "publish", "mine", "18080:80")
+    assert [port["host_port"] for port in alice("port", "list", "--format", "json").json] == [18080]
+    (shown,) = alice("tenant", "list", "--format", "json").json
+    assert (shown["tenant"], shown["allocated"]["instances"]) == (tenant, 2)
+    alice("create", "busybox", "third")
+    assert "limits.instances is 3" in alice("create", "busybox", "fourth", status=1).err
+    alice("delete", "--force", "mine")
+
+
+def test_nothing_of_another_tenant_is_there(jm: Instance, tenant: str, busybox_jail: MakeJail) -> None:
+    """Refused in the words that a tenant gets which is not there at all."""
+    other = busybox_jail("-p", "18081:80")
+    for where in ("default", "no-such-tenant"):
+        for argv in (
+            ("list",), ("info", other), ("exec", other, "--", "id"), ("stop", other), ("delete", "--force", other),
+            ("logs", other), ("console", other), ("cp", f"{other}:/etc/passwd", "-"), ("set", other, "user.a=b"),
+            ("launch", "busybox", "x"), ("port", "list"), ("port", "publish", other, "18082:80"),
+            ("rename", other, "mine"), ("tenant", "show", where),
+        ):  # fmt: skip
+            refused = run_as(jm, ALICE, "--tenant", where, *argv, status=None)
+            assert refused.status in (1, 125), refused.told()
+            assert refused.err.startswith(f"Error: tenant {where}: there is none of that name\n"), refused.told()
+            assert refused.out == ""
+    everything = run_as(jm, ALICE, "list", "--all-tenants", "--format", "json").json
+    assert {jail["tenant"] for jail in everything} == {tenant}
+    taken = run_as(jm, ALICE, "port", "publish", f"{tenant}/web", "18081:80", status=1)
+    assert other not in taken.err
+    assert "default" not in taken.err
+    images = run_as(jm, ALICE, "image", "list", "--format", "json").json
+    assert sum(image["jails"] for image in images) == 1
+    assert jm.status(other) == "Running"
+
+
+def test_what_is_roots_alone(jm: Instance, tenant: str) -> None:
+    web = f"{tenant}/web"
+    for argv in (
+        ("tenant", "set", tenant, "limits.instances=100"), ("tenant", "unset", tenant, "limits.instances"),
+        ("tenant", "create", "more"), ("tenant", "delete", tenant), ("image", "delete", "busybox"),
+        ("template", "build", "busybox"), ("doctor",), ("engine", "stop"), ("engine", "run"), ("engine", "shutdown"),
+        ("port", "publish", web, "80:80"), ("launch", "busybox", f"{tenant}/low", "-p", "443:443"),
+        ("set", web, "security.privileged=true"),
+    ):  # fmt: skip
+        refused = run_as(jm, ALICE, *argv, status=None)
+        assert refused.status in (1, 2), refused.told()
+        assert refused.err.startswith("Error: "), refused.told()
+    with contextlib.closing(connected(jm, ALICE)) as sock:
+        for method, path in (
+            ("POST", "/internal/autostart"),
+            ("POST", "/1.0/images"),
+            ("PATCH", f"/1.0/projects/{tenant}"),
+        ):
+            assert ask(sock, method, path, {})["error_code"] == 403
+        other = {"tenant": "default", "jail": "web", "host_port": 18083, "port": 80}
+        assert ask(sock, "POST", f"/1.0/ports?project={tenant}", other)["error_code"] == 404
+    assert jm.json("tenant", "show", tenant)["config"] == {"users": ALICE, "limits.instances": "3"}
+
+
+def test_who_is_in_no_tenant_gets_nothing(jm: Instance, tenant: str) -> None:
+    refused = run_as(jm, BOB, "--tenant", tenant, "list", status=1)
+    assert "there is none of that name" in refused.err
+    assert run_as(jm, BOB, "tenant", "list", "--format", "json").json == []
+    sock, answer = session(jm, BOB, tenant, "web")
+    sock.close()
+    assert answer["error"]["code"] == "missing"
+    for path in (jm.root.socket, f"{jm.root.tenant_run(tenant)}/{protocol.SOCKET}", jm.root.store):
+        with as_user(BOB), socket.socket(socket.AF_UNIX) as direct, pytest.raises(PermissionError):
+            direct.connect(path)
+
+
+def test_a_group_is_told_by_all_groups_of_the_process(jm: Instance, tenant: str) -> None:
+    gid = str(grp.getgrnam(GROUP).gr_gid)
+    jm("tenant", "set", tenant, f"groups={GROUP}", "users=")
+    assert [
+        jail["name"] for jail in run_as(jm, BOB, "--tenant", tenant, "list", "--format", "json", groups=gid).json
+    ] == ["web"]
+    assert run_as(jm, BOB, "exec", f"{tenant}/web", "--", "id", "-u", groups=gid).out == "0\n"
+    run_as(jm, BOB, "--tenant", tenant, "list", status=1)
+    run_as(jm, ALICE, "--tenant", tenant, "list", status=1)
+
+
+def test_who_is_taken_out_is_out_at_once(jm: Instance, tenant: str) -> None:
+    with contextlib.closing(connected(jm, ALICE)) as sock:
+        path = f"/1.0/instances?project={tenant}"
+        assert ask(sock, "GET", path)["metadata"] == [f"/1.0/instances/web?project={tenant}"]
+        jm("tenant", "set", tenant, f"users={BOB}")
+        assert ask(sock, "GET", path)["error_code"] == 404
+    jm("tenant", "unset", tenant, "users")
+    assert not os.path.exists(jm.root.user_socket)
+    assert "only root" in run_as(jm, ALICE, "list", status=1).err
+
+
+def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, busybox_jail: MakeJail) -> None:
+    """What the supervisor's protocol has for root it has for nobody else, whatever a user puts into a request."""
+    jm("launch", "busybox", f"{tenant}/second")
+    jm.exec(f"{tenant}/second", "touch", "/root/second")
+    sock, answer = session(jm, ALICE, tenant, "web")
+    assert "error" not in answer
+    with contextlib.closing(sock):
+
+        def say(op: str, fds: list[int] | None = None, **values: Any) -> dict[str, Any]:
+            protocol.send(sock, {"v": protocol.VERSION, "op": op, **values}, fds)
+            message = protocol.receive(sock)
+            assert message is not None
+            return message.body
+
+        lib = jm.root.jail_lib(tenant, "second")
+        for op in ("status", "start", "stop", "run", "reexec", "admit"):
+            told = say(op, jail="second", lib=lib, argv=["/bin/sh"], signal="SIGKILL", force=True)
+            assert told["error"]["code"] == "invalid", (op, told)
+            assert "does not know" in told["error"]["why"]
+        ear, mouth = os.pipe()
+        null = os.open(os.devnull, os.O_RDWR)
+        ended = say("exec", [null, mouth, mouth], jail="second", args=["ls", "/root"], env={})
+        os.close(mouth)
+        assert ended == {"exit": {"code": 0}}
+        assert b"second" not in os.read(ear, 100)
+        for fd in (ear, null):
+            os.close(fd)
+        assert say("archive", jail="web", path="relative", out=True)["error"]
+        protocol.send(sock, {"op": "x" * 1000})
+        assert protocol.receive(sock)
+        sock.send(b"\0not json")
+        assert protocol.receive(sock) is None
+    assert jm.status(f"{tenant}/second") == "Running"
+
+
+def test_no_user_takes_the_engine_from_the_others(jm: Instance, tenant: str) -> None:
+    """All the connections Bob may have, and more, each with half a request: root and Alice are served as before."""
+    held: list[_socket.socket] = [connected(jm, BOB) for _ in range(CONNECTIONS_EACH * 2)]
+    try:
+        for sock in held:
+            with contextlib.suppress(OSError):
+                sock.sendall(b"GET /1.0/instances HTTP/1.1\r\nHost")
+        until(lambda: _refused(held[-1]), 20, "one too many is told so")
+        for _ in range(4):
+            with as_user(BOB):
+                held.append(protocol.connect(jm.root.users, protocol.SESSIONS))
+        assert jm.json("list") is not None
+        assert run_as(jm, ALICE, "--tenant", tenant, "list", "--format", "json").json
+        assert run_as(jm, ALICE, "exec", f"{tenant}/web", "--", "echo", "served").out == "served\n"
+    finally:
+        for sock in held:
+            sock.close()
+    until(lambda: run_as(jm, BOB, "tenant", "list", status=None).status == 0, 20, "his are free again")
+
+
+def _refused(sock: _socket.socket) -> bool:
+    sock.sendall(b": x\r\n\r\n")
+    return b"too many connections" in sock.recv(65536)
