@@ -107,7 +107,7 @@ def session(jm: Instance, user: str, tenant: str, jail: str) -> tuple[_socket.so
     protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
     message = protocol.receive(sock)
     assert message is not None
-    return sock, message.body  # type: ignore[return-value]
+    return sock, message.body
 
 
 def test_a_user_manages_the_jails_of_the_tenant(jm: Instance, tenant: str) -> None:
