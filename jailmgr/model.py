@@ -15,6 +15,8 @@ class Recipe(msgspec.Struct, frozen=True):
     stop_timeout: int = 30
     notify: bool = True
     """Init tells by sd_notify(3) that the system is up (systemd does in a container)."""
+    oom_score_adj: int = 0
+    """Of init (proc_pid_oom_score_adj(5)); all that it starts has it too, unless it sets another."""
     environment: dict[str, str] = {}
 
 

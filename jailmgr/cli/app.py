@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 
 from jailmgr import __version__
-from jailmgr.cli import configuration, doctor, engine, files, images, jails, ports, sessions, templates, tenants
+from jailmgr.cli import configuration, doctor, engine, files, images, jails, ports, sessions, templates, tenants, top
 from jailmgr.cli.command import command, group, new_app
 from jailmgr.cli.output import show
 from jailmgr.cli.settings import Settings
@@ -16,6 +16,7 @@ jails.add(app)
 sessions.add(app)
 files.add(app)
 configuration.add(app)
+top.add(app)
 templates.add(group(app, "template", "Recipes that images are built from."))
 images.add(group(app, "image", "Built, read-only root file systems."))
 tenants.add(group(app, "tenant", "Walls between those who share the host: totals over all of a tenant's jails."))

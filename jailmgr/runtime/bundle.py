@@ -52,6 +52,8 @@ class Plan(NamedTuple):
     """File of the compiled `linux.seccomp` section; empty for none."""
     apparmor: str = ""
     """Name of the loaded AppArmor profile; empty where the host has none."""
+    oom_score_adj: int = 0
+    """Of init, where the host lets its root lower it."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
 
@@ -113,6 +115,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
             "capabilities": {kind: list(BOUNDING) for kind in ("bounding", "effective", "permitted")},
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1048576}],
             "noNewPrivileges": False,
+            "oomScoreAdj": plan.oom_score_adj,
             **profile,
         },
         "root": {"path": plan.volume, "readonly": False},
@@ -193,6 +196,7 @@ class Bundle(NamedTuple):
     seccomp: str
     apparmor: str
     restart: str
+    oom_score_adj: int
 
 
 def read_bundle(config: dict[str, Any]) -> Bundle:
@@ -246,6 +250,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         seccomp=own["seccomp"],
         apparmor=process.get("apparmorProfile", ""),
         restart=own["restart"],
+        oom_score_adj=process.get("oomScoreAdj", 0),
     )
 
 

@@ -146,6 +146,8 @@ class Jail:
         """What has to be in place before init begins, and can be done while it is being made."""
         hierarchies, bundle = self.host.hierarchies, self.bundle
         cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
+        if bundle.oom_score_adj:
+            spare(pid, bundle.oom_score_adj)
         self.state = State(
             pid, start_time(pid) or 0, time(), restarts, False,
             cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
@@ -383,6 +385,17 @@ def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
     cgroups.tenant_group(hierarchies, root, tenant)
     cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base)
     cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+
+
+def spare(pid: int, oom_score_adj: int) -> None:
+    """Have the kernel spare a process when memory runs out (proc_pid_oom_score_adj(5)): in vain on hosts whose root may
+    not, for lack of CAP_SYS_RESOURCE.
+    """
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(oom_score_adj))
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return
 
 
 def _give_up(spawned: spawn.Spawned) -> None:

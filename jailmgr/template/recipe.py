@@ -182,6 +182,7 @@ def resolve(root: Root, source: str) -> Build:
         init=init.get("command", ["/sbin/init"]),
         stop_signal=init.get("stop_signal", "SIGRTMIN+3"),
         stop_timeout=init.get("stop_timeout", 30),
+        oom_score_adj=-init.get("spared", 0),
         notify=init.get("notify", False),
         environment=environment,
     )

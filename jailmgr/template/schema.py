@@ -113,6 +113,7 @@ _INIT: dict[str, Check] = {
     "stop_signal": _signal,
     "stop_timeout": _whole(1, 3600),
     "notify": _flag,
+    "spared": _whole(0, 500),
 }
 _FILE: dict[str, Check] = {
     "path": _place,

@@ -307,3 +307,37 @@ def test_what_is_restricted(jm: Instance, make_tenant: MakeTenant) -> None:
     launch(jm, name, 1, "-p", "8001:80")
     assert "limits.ports is 1" in jm.refused("port", "publish", f"{name}/j0", "8002:80").err
     assert [port["host_port"] for port in jm.json("--tenant", name, "port", "list")] == [8001]
+
+
+def test_namespaces_run_out_for_itself_only(jm: Instance, make_tenant: MakeTenant) -> None:
+    """The kernel counts them for each user, and a tenant's are made by a user of its own."""
+    greedy, other = make_tenant(), make_tenant()
+    (jail,) = launch(jm, greedy, 1)
+    limit = Path("/proc/sys/user/max_user_namespaces")
+    before = limit.read_text()
+    try:
+        limit.write_text("12")
+    except PermissionError:
+        pytest.skip("this host's root lacks CAP_SYS_RESOURCE, and may not make the limit small enough to reach")
+    try:
+        took = jm.sh(
+            jail,
+            f"n=0; while [ $n -lt 30 ]; do unshare -U sleep 60 {BACKGROUND} n=$((n+1)); done; sleep 1; unshare -U true",
+            status=None,
+        )
+        assert took.status != 0, took.told()
+        jm.refused("launch", "busybox", f"{greedy}/more")
+        launch(jm, other, 2)
+    finally:
+        limit.write_text(before)
+
+
+def test_top(jm: Instance, make_tenant: MakeTenant) -> None:
+    name = make_tenant()
+    idle, busy = launch(jm, name, 2, "--memory", "64MiB")
+    jm.sh(busy, FOR_EVER)
+    found = jm.json("--tenant", name, "top", "-d", "0.5")
+    assert [view["name"] for view in found] == ["j1", "j0"]
+    assert found[0]["cpus"] > 0.2 > found[1]["cpus"]
+    assert "/64.0MiB" in jm("--tenant", name, "top").out
+    assert jm.info(idle)["usage"]["cpu_ns"] > 0

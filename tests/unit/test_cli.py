@@ -205,7 +205,7 @@ def test_errors_in_words_and_as_json(engine: FakeEngine, capsys: Streams) -> Non
     [
         (["lisst"], 2, "Hint: Did you mean list?"),
         (["snapshot", "list", "web"], 2, "no such command 'snapshot'"),
-        (["top"], 2, "no such command 'top'"),
+        (["apply"], 2, "no such command 'apply'"),
         (["list", "--remote", "x"], 2, "no such option: --remote"),
         (["start"], 2, "no jail was named"),
         (["start", "web", "--all"], 2, "exclude each other"),
