@@ -61,8 +61,12 @@ class Ours:
     def create_stopped(self, names: list[str], source: str) -> None:
         """Many that are never started."""
         for name in names:
-            body = {"name": name, "source": {"type": "template", "alias": source}, "config": {}, "devices": {}}
-            self._operation("POST", "/1.0/instances?project=default", body)
+            self.create_in("default", name, source, {}, start=False)
+
+    def create_in(self, tenant: str, name: str, source: str, config: dict[str, str], *, start: bool) -> None:
+        """By the engine."""
+        body = {"name": name, "source": {"type": "template", "alias": source}, "config": config, "start": start}
+        self._operation("POST", f"/1.0/instances?project={tenant}", body)
 
     def _operation(self, method: str, path: str, body: dict[str, Any]) -> None:
         with closing(ensure_engine(self.instance.root)) as connection:
