@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import jailmgr
-from jailmgr.runtime import attach
+from jailmgr.runtime import attach, protocol
 from tests.system.instance import Instance, alive, terminal, until
 from tests.system.test_supervision import set_init, stopped
 
@@ -120,7 +120,7 @@ def test_a_release_that_does_not_begin_changes_nothing(new_instance: Callable[[]
     instance = new_instance()
     instance("launch", "busybox", "one")
     init, supervisor = instance.info("one")["init_pid"], instance.info("one")["supervisor_pid"]
-    for name, old, new in (("reexec", "import", "def broken(:"), ("protocol", "SNAPSHOT = 2", "SNAPSHOT = 3")):
+    for name, old, new in (("reexec", "import", "def broken(:"), ("protocol", "SNAPSHOTS = (1, 2)", "SNAPSHOTS = (3,)")):
         source = release / "jailmgr" / "runtime" / f"{name}.py"
         whole = source.read_text()
         source.write_text(whole.replace(old, new, 1))
@@ -130,6 +130,26 @@ def test_a_release_that_does_not_begin_changes_nothing(new_instance: Callable[[]
     with engine_of(release, instance):
         assert instance.info("one")["init_pid"] == init
         assert instance.exec("one", "echo", "here").out == "here\n"
+
+
+def test_a_users_session_stays_what_it_was(new_instance: Callable[[], Instance], release: Path) -> None:
+    """Admitted to one jail for some requests by the release before, it is no more than that to the next."""
+    instance = new_instance()
+    instance("launch", "busybox", "one")
+    instance("tenant", "set", "default", "users=root")
+    sock = protocol.connect(instance.root.users, protocol.SESSIONS)
+    try:
+        protocol.send(sock, {"v": protocol.VERSION, "tenant": "default", "jail": "one"})
+        assert (admitted := protocol.receive(sock)) is not None
+        assert "error" not in admitted.body
+        with engine_of(release, instance):
+            until(lambda: said(instance)["release"] == RELEASE, 20, "the supervisor goes over")
+            for op, known in (("hello", True), ("status", False), ("stop", False), ("reexec", False)):
+                protocol.send(sock, {"v": protocol.VERSION, "op": op, "jail": "one"})
+                assert (answer := protocol.receive(sock)) is not None
+                assert ("error" not in answer.body) is known, answer.body
+    finally:
+        sock.close()
 
 
 def test_what_is_half_done_is_waited_for(new_instance: Callable[[], Instance], release: Path) -> None:
