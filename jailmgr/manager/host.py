@@ -65,6 +65,10 @@ class Manager:
         self.image_lock = threading.Lock()
         """Over the choice of an image and its removal."""
         self.opened_at = time.monotonic()
+        self.lxcfs_lock = threading.Lock()
+        """Over the start of lxcfs."""
+        self.lxcfs_ends: list[float] = []
+        """When it died lately, of time.monotonic()."""
         self.boot_lock = threading.Lock()
         """Over the start of what starts with the host."""
         self.buildings: dict[str, Building] = {}

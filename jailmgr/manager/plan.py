@@ -161,6 +161,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         limits=kernel_limits(m, jail),
         seccomp=seccomp_filter(m.root),
         apparmor=ensure_profile(m.root),
+        lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
     )
 

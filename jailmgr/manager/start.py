@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
-from jailmgr.manager import networks
+from jailmgr.manager import lxcfs, networks
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import write_bundle
@@ -53,6 +53,7 @@ def boot(m: Manager, jail: Jail) -> None:
     with ExitStack() as undo:
         undo.callback(networks.unpublish, m, jail)
         networks.up(m, jail)
+        lxcfs.up(m)
         if m.watcher is not None:
             m.watcher.watch(jail.tenant)
         supervisor = undo.enter_context(_supervisor(m, jail.tenant))

@@ -52,6 +52,8 @@ class Plan(NamedTuple):
     """File of the compiled `linux.seccomp` section; empty for none."""
     apparmor: str = ""
     """Name of the loaded AppArmor profile; empty where the host has none."""
+    lxcfs: str = ""
+    """Where an lxcfs is mounted, if one is when the jail starts; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
 
@@ -99,6 +101,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "nics": json.dumps(plan.nics),
         "cpu-weight": json.dumps(plan.limits.cpu_weight),
         "seccomp": plan.seccomp,
+        "lxcfs": plan.lxcfs,
         "restart": plan.restart,
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
@@ -192,6 +195,7 @@ class Bundle(NamedTuple):
     nics: list[dict[str, Any]]
     seccomp: str
     apparmor: str
+    lxcfs: str
     restart: str
 
 
@@ -245,6 +249,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         nics=json.loads(own["nics"]),
         seccomp=own["seccomp"],
         apparmor=process.get("apparmorProfile", ""),
+        lxcfs=own.get("lxcfs", ""),
         restart=own["restart"],
     )
 

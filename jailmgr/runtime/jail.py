@@ -97,7 +97,7 @@ class Jail:
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
-        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, restart="no")
+        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
         self._begin(bundle, 0, None, payload)
 
     def visit_result(self) -> dict[str, Any]:
