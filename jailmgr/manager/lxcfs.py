@@ -65,6 +65,7 @@ def _up(m: Manager) -> None:
         found = program()
         if found is None or not os.path.exists(DEVICE):
             return
+        _unmount(root)
         os.makedirs(root.lxcfs, mode=0o700, exist_ok=True)
         (place / "stale").touch()
         pidfd = _start(root, found)
@@ -146,7 +147,6 @@ def _pid_option(root: Root) -> str:
 
 def _start(root: Root, found: str) -> int:
     """Its pidfd, once it is mounted. Raises JailmgrError, OSError."""
-    _unmount(root)
     argv = [found, "--enable-loadavg", _pid_option(root), root.lxcfs]
     mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
     reading, writing = os.pipe()
@@ -219,13 +219,11 @@ def _unmount(root: Root) -> None:
 
 
 def _end(pidfd: int) -> None:
-    """SIGTERM, and SIGKILL where that doesn't do. Closes `pidfd`."""
+    """By SIGKILL: it has nothing to lose, and by SIGTERM its thread of load averages takes seconds. Closes `pidfd`."""
     try:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, number)
-            if _ready(pidfd, STOP_S):
-                return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        _ready(pidfd, STOP_S)
     finally:
         os.close(pidfd)
 

@@ -20,6 +20,7 @@ from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
+from jailmgr.manager.pinning import follow_pin
 from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import running
@@ -49,6 +50,7 @@ def reconcile(m: Manager) -> None:
     alive = [jail for jail in m.store.jails() if running(m, jail)]
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
+        attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in alive}:
         attempt(f"the totals of {tenant}", partial(ensure_totals, m, tenant))

@@ -213,10 +213,12 @@ class Watcher:
 
     def _attempt(self, tenant: str, name: str) -> None:
         from jailmgr.manager.networks import follow
+        from jailmgr.manager.pinning import follow_pin
 
         try:
             self.watch(tenant)
             follow(self._m, tenant, name)
+            follow_pin(self._m, tenant, name)
         except (JailmgrError, OSError) as error:
             log.error("jail %s/%s came or went: %s", tenant, name, error)
 

@@ -151,6 +151,8 @@ def _resources(limits: Limits) -> dict[str, Any]:
         resources["unified"] = {"memory.min": str(limits.memory_min)}
     if limits.cpu_quota is not None:
         resources["cpu"] = {"quota": limits.cpu_quota, "period": limits.cpu_period or 100_000}
+    if limits.cpus is not None:
+        resources.setdefault("cpu", {})["cpus"] = limits.cpus
     if limits.processes is not None:
         resources["pids"] = {"limit": limits.processes}
     if limits.io is not None:
@@ -241,6 +243,7 @@ def _read(config: dict[str, Any]) -> Bundle:
             resources.get("pids", {}).get("limit"),
             _io(resources.get("blockIO", {})),
             None if kept is None else int(kept),
+            cpu.get("cpus"),
         ),
         lib=own["lib"],
         stop_signal=own["stop-signal"],

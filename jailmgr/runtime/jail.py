@@ -381,7 +381,7 @@ def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
     """
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
-    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base)
+    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
     cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
 
 
