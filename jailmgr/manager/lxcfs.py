@@ -31,7 +31,7 @@ from jailmgr.runtime.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 SBIN = "/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin:/bin"
 DEVICE = "/dev/fuse"
 START_S, STOP_S = 10.0, 2.0
-ENDS_MAX, ENDS_S = 5, 60.0
+ENDS_MAX, ENDS_S = 5, 10.0
 """So many ends in so many seconds, and it is started again with the next jail only."""
 
 log = logging.getLogger(__name__)
