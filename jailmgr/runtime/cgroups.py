@@ -203,6 +203,8 @@ def join(h: Hierarchies, cgroup: str, pid: int, leaf: str = PAYLOAD) -> None:
     try:
         for mount in h.mounts:
             write(f"{mount}/{relative(cgroup)}/cgroup.procs", str(pid))
+        if h.cpuset and os.path.isdir(f"{h.cpuset}/{relative(cgroup)}"):
+            write(f"{h.cpuset}/{relative(cgroup)}/cgroup.procs", str(pid))
         if h.unified:
             _join_leaf(f"{h.unified}/{relative(cgroup)}", pid, leaf)
     except OSError as error:

@@ -24,8 +24,10 @@ from jailmgr.runtime.pty import fs_type
 
 FILES = ("cpuinfo", "diskstats", "loadavg", "meminfo", "stat", "swaps")
 """Of its directory `proc`, and of a jail's /proc."""
-RENEW_SECONDS = 2.0
-"""How long the jails of a tenant may take for it together: some milliseconds where none is up to something."""
+RENEW_SECONDS, JAIL_SECONDS = 2.0, 0.05
+"""How long the jails of a tenant may take for it, and each one more: it is some milliseconds, unless a guest is up to
+something.
+"""
 
 _ATTRIBUTES = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC
 _PROC_SUPER_MAGIC = 0x9FA0
@@ -78,13 +80,13 @@ def renew(jails: dict[str, int], directory: str) -> list[str]:
             process.trap("lxcfs", _note, partial(_renew, init, directory))
         children[os.pidfd_open(pid)] = (name, pid)
     failed = []
-    deadline = monotonic() + RENEW_SECONDS
+    deadline = monotonic() + RENEW_SECONDS + len(jails) * JAIL_SECONDS
     for pidfd, (name, pid) in children.items():
         if not _ended(pidfd, deadline):
             # Who waits for a file system of the guest's waits as long as that likes: strays.py reaps it then.
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             _ended(pidfd, monotonic() + 0.1)
-        if os.waitpid(pid, os.WNOHANG) != (pid, 0):
+        if os.waitpid(pid, os.WNOHANG) != (pid, 0) and not _ended(jails[name], 0):
             failed.append(name)
         os.close(pidfd)
     return failed
