@@ -60,7 +60,7 @@ def up(m: Manager) -> None:
 
 def _up(m: Manager) -> None:
     root, place = m.root, _place(m.root)
-    pidfd = _find(root)
+    pidfd = _find_whole(root)
     if pidfd is None:
         found = program()
         if found is None or not os.path.exists(DEVICE):
@@ -80,7 +80,7 @@ def settle(m: Manager, needed: bool) -> None:
     if needed:
         up(m)
         return
-    pidfd = _find(m.root)
+    pidfd = _find_whole(m.root)
     if pidfd is None:
         stop(m.root)
     elif m.watcher is not None:
@@ -120,6 +120,15 @@ def stop(root: Root) -> None:
 
 def _place(root: Root) -> Path:
     return Path(root.lxcfs).parent
+
+
+def _find_whole(root: Root) -> int | None:
+    """`_find`; one whose engine was killed before it was mounted is ended."""
+    pidfd = _find(root)
+    if pidfd is not None and (_place(root) / "stale").exists() and not _is_mounted(root):
+        _end(pidfd)
+        return None
+    return pidfd
 
 
 def _find(root: Root) -> int | None:
