@@ -50,7 +50,7 @@ def limits_of(config: Config) -> Limits:
 
 
 def kernel_limits(m: Manager, jail: Jail, tenant: Tenant | None = None) -> Limits:
-    """`limits_of` with the I/O limits of the root device, the CPUs that it has while it runs, and on v1 with no more CPU
+    """`limits_of` with the root device's I/O limits, the CPUs that it has while it runs, and on v1 with no more CPU
     than the tenant (its present form is found where it isn't given), which the kernel takes for an error there.
     JailmgrError `unavailable`.
     """
