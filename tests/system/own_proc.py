@@ -22,10 +22,10 @@ def cpus(host: Instance, name: str) -> tuple[int, ...]:
     return tuple(map(int, host.sh(name, NUMBER).out.split()))
 
 
-def mounts(host: Instance, name: str) -> list[str]:
-    """Mount points of a running jail, as the host sees them."""
+def mounts(host: Instance, name: str) -> list[tuple[str, str]]:
+    """Number and point of each mount of a running jail, as the host sees them."""
     text = Path("/proc", str(host.info(name)["init_pid"]), "mountinfo").read_text()
-    return [line.split()[4] for line in text.splitlines()]
+    return [(line.split()[0], line.split()[4]) for line in text.splitlines()]
 
 
 def covered(host: Instance, name: str) -> list[str]:

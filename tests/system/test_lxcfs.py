@@ -154,7 +154,7 @@ def test_a_killed_engine_finds_its_lxcfs_again(jm: Instance, busybox_jail: MakeJ
 HOSTILE = {
     "a tmpfs of links": "umount -l /proc; mount -t tmpfs x /proc; for f in {files}; do ln -s /root/$f /proc/$f; done",
     "a tmpfs of files": "umount -l /proc; mount -t tmpfs none /proc; for f in {files}; do echo mine >/proc/$f; done",
-    "a link": "umount -l /proc; rmdir /proc; mkdir /root/proc; mount -t proc none /root/proc; ln -s root/proc /proc",
+    "a link": "mkdir /root/proc && mount -o move /proc /root/proc && rmdir /proc && ln -s root/proc /proc",
     "nothing": "umount -l /proc; rmdir /proc",
     "files of its own": "for f in {files}; do echo mine >/root/$f; mount --bind /root/$f /proc/$f; done",
     "other files of proc": "for f in {files}; do mount --bind /proc/self/status /proc/$f; done",
@@ -165,7 +165,7 @@ HOSTILE = {
 def test_what_the_guest_has_put_there_stays(jm: Instance, busybox_jail: MakeJail, how: str) -> None:
     hostile, other = busybox_jail(), busybox_jail("--memory", "64MiB")
     jm.sh(hostile, f"cd /root; for f in {' '.join(FILES)}; do echo target >$f; done")
-    jm.sh(hostile, HOSTILE[how].format(files=" ".join(FILES)))
+    jm.sh(hostile, f"set -e; {HOSTILE[how].format(files=' '.join(FILES))}")
     before = mounts(jm, hostile)
     wait_renewed(jm, kill_lxcfs(jm))
     check_view(jm, other, 64)
