@@ -57,12 +57,17 @@ def control(package: Package, installed_kib: int) -> str:
         "Maintainer": maintainer(),
         "Installed-Size": str(installed_kib),
         "Depends": ", ".join(depends(package.python)),
-        "Recommends": "apparmor, lxcfs",
+        "Recommends": ", ".join(["apparmor", *packages("recommended")]),
         "Section": "admin",
         "Priority": "optional",
         "Description": DESCRIPTION,
     }
     return "".join(f"{name}: {value}\n" for name, value in fields.items())
+
+
+def packages(group: str) -> list[str]:
+    """Names of a group of script/apt-packages."""
+    return _output(str(TREE / "script" / "apt-packages"), group).split()
 
 
 def depends(python: str) -> list[str]:
@@ -71,8 +76,7 @@ def depends(python: str) -> list[str]:
     Of python3-venv nothing is left in the package. Wheels need a C library alone (PEP 600).
     """
     major, minor = map(int, python.split("."))
-    named = _output(str(TREE / "script" / "apt-packages"), "run").split()
-    needed = [name for name in named if name not in ("python3", "python3-venv")]
+    needed = [name for name in packages("run") if name not in ("python3", "python3-venv")]
     interpreter = [f"python3 (>= {major}.{minor})", f"python3 (<< {major}.{minor + 1})"]
     return sorted([*needed, *interpreter, "libc6 (>= 2.28)", "libgcc-s1"])
 

@@ -95,6 +95,11 @@ class Root(Record):
         return f"jailmgr-{self.mark}" if self.mark else "jailmgr"
 
     @property
+    def lxcfs(self) -> str:
+        """Mount point of the instance's lxcfs, in a directory of its own."""
+        return f"{self.run}/lxcfs/mount"
+
+    @property
     def table(self) -> str:
         """Name of our nftables tables (inet and bridge)."""
         return f"jailmgr_{self.mark}" if self.mark else "jailmgr"

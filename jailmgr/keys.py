@@ -52,7 +52,9 @@ CONFIG: dict[str, Key] = {
     "boot.stop.priority": Key(
         whole(0, 1_000_000), True, "Order of stopping when the host goes down; the highest first."
     ),
-    "limits.cpu": Key(whole(1, 4096), True, "Number of CPUs' worth of time."),
+    "limits.cpu": Key(
+        whole(1, 4096), True, "Number of CPUs: so much of their time, on so many of the host's, which is what it sees."
+    ),
     "limits.cpu.allowance": Key(
         allowance, True, "Share of CPU time: `25ms/100ms` is a hard limit, `50%` a weight under load."
     ),

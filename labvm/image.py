@@ -132,7 +132,7 @@ def host_entries() -> str:
 
 
 def tree_packages() -> list[str]:
-    return _output([str(TREE / "script" / "apt-packages"), "run", "test"]).split()
+    return _output([str(TREE / "script" / "apt-packages"), "run", "recommended", "test"]).split()
 
 
 def key(what: object) -> str:

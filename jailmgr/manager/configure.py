@@ -15,6 +15,7 @@ from jailmgr.manager.admission import admit, check_restricted
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
+from jailmgr.manager.pinning import cpus_for
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.view import running
@@ -119,6 +120,8 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
         undo.callback(resize_volume, m.pool, old.id, was)
         resize_volume(m.pool, old.id, wanted)
     before, after = kernel_limits(m, old), kernel_limits(m, new)
+    if runs:
+        after = after._replace(cpus=cpus_for(m, new))
     if runs and before != after:
         cgroup = cgroup_of(m.root, old.tenant, old.name)
         undo.callback(cgroups.set_limits, m.hierarchies, cgroup, cgroups.Limits(*before))

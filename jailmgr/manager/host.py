@@ -65,6 +65,10 @@ class Manager:
         self.image_lock = threading.Lock()
         """Over the choice of an image and its removal."""
         self.opened_at = time.monotonic()
+        self.lxcfs_lock = threading.Lock()
+        """Over the start of lxcfs."""
+        self.lxcfs_ends: list[float] = []
+        """When it died lately, of time.monotonic()."""
         self.boot_lock = threading.Lock()
         """Over the start of what starts with the host."""
         self.buildings: dict[str, Building] = {}
@@ -73,6 +77,9 @@ class Manager:
         """By tenant, what its group was last held to, and the group's identity."""
         self.cpu_seen: dict[str, tuple[float, int, float]] = {}
         """By tenant: when its CPU time was last looked at (monotonic), the time, and the mean number of CPUs then."""
+        self.pins: dict[tuple[str, str], str] = {}
+        """The CPUs of running jails that have not all of them (manager/pinning.py), by tenant and name."""
+        self.pins_lock = threading.Lock()
         self.claimed: set[str] = set()
         """Keys of what this process has claimed on the host."""
         self._pool: Pool | None = None

@@ -10,6 +10,7 @@ from functools import partial
 import msgspec
 
 from jailmgr.config import Root
+from jailmgr.manager import lxcfs
 from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.network import bridge, dns, firewall
 from jailmgr.runtime import cgroups, netlink
@@ -90,6 +91,8 @@ def _of_host(root: Root, store: Store, alive: set[tuple[str, str]]) -> Iterator[
             yield Leftover(f"DNS server of network {ident}", partial(dns.stop_dns, root, ident))
     if idle and firewall.is_there(root):
         yield Leftover(f"nftables tables {root.table}", partial(firewall.remove_all, root))
+    if idle and lxcfs.is_there(root):
+        yield Leftover("lxcfs and its mount", partial(lxcfs.stop, root))
     yield from _groups(root, alive, engine)
     for tenant in _tenants(root):
         for jail in running_jails(root, tenant):

@@ -16,6 +16,7 @@ from jailmgr.key_checks import parse_bool
 from jailmgr.keys import Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
+from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.runtime import seccomp
@@ -29,7 +30,7 @@ PERIOD = 100_000
 
 
 def limits_of(config: Config) -> Limits:
-    """The kernel's limits of a configuration that has been checked.
+    """The kernel's limits of a configuration that has been checked, but those that depend on the host: I/O, and CPUs.
 
     `limits.cpu` and a hard `limits.cpu.allowance` together: the smaller holds. A soft allowance (`50%`) and
     `limits.cpu.priority` are weights, as in LXD: the percentage, less 10 - priority.
@@ -49,12 +50,16 @@ def limits_of(config: Config) -> Limits:
 
 
 def kernel_limits(m: Manager, jail: Jail, tenant: Tenant | None = None) -> Limits:
-    """`limits_of` with the I/O limits of the root device, and on v1 with no more CPU than the tenant (its present
-    form is found where it isn't given), which the kernel takes for an error there. JailmgrError `unavailable`.
+    """`limits_of` with the root device's I/O limits, the CPUs that it has while it runs, and on v1 with no more CPU
+    than the tenant (its present form is found where it isn't given), which the kernel takes for an error there.
+    JailmgrError `unavailable`.
     """
     limits, root = limits_of(jail.config), jail.devices.get("root", {})
     both = root.get("limits.max")
-    limits = limits._replace(io=io_limit(m, jail.name, root.get("limits.read", both), root.get("limits.write", both)))
+    limits = limits._replace(
+        io=io_limit(m, jail.name, root.get("limits.read", both), root.get("limits.write", both)),
+        cpus=m.pins.get((jail.tenant, jail.name)),
+    )
     if limits.cpu_quota is None or "cpu" not in m.hierarchies.v1:
         return limits
     tenant = tenant or m.store.find_tenant(jail.tenant)
@@ -158,10 +163,11 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic) for nic in jail.nics],
-        limits=kernel_limits(m, jail),
+        limits=kernel_limits(m, jail)._replace(cpus=cpus_for(m, jail)),
         seccomp=seccomp_filter(m.root),
         apparmor=ensure_profile(m.root),
         oom_score_adj=image.recipe.oom_score_adj,
+        lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
     )
 

@@ -14,12 +14,13 @@ from functools import partial
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
-from jailmgr.manager import networks
+from jailmgr.manager import lxcfs, networks
 from jailmgr.manager.builder import builds_left, remove_build
 from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
+from jailmgr.manager.pinning import follow_pin
 from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import running
@@ -49,15 +50,17 @@ def reconcile(m: Manager) -> None:
     alive = [jail for jail in m.store.jails() if running(m, jail)]
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
+        attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in alive}:
         attempt(f"the totals of {tenant}", partial(ensure_totals, m, tenant))
     for tenant in {jail.tenant for jail in m.store.jails() if jail.name in running_jails(m.root, jail.tenant)}:
         attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
+    attempt("lxcfs", partial(lxcfs.settle, m, bool(alive)))
 
 
 def take_down(m: Manager) -> None:
-    """Where no jail runs: our bridges, rules, DNS servers, cgroups and the pool's mount go off the host."""
+    """Where no jail runs: our bridges, rules, DNS servers, cgroups, lxcfs and the pool's mount go off the host."""
     if any(running(m, jail) for jail in m.store.jails()):
         return
     with ExitStack() as rest:
@@ -65,6 +68,7 @@ def take_down(m: Manager) -> None:
             rest.callback(claims.release_all, m.root)
         rest.callback(m.shut_pool)
         rest.callback(cgroups.remove_root, m.hierarchies, m.root.cgroup)
+        rest.callback(lxcfs.stop, m.root)
         rest.callback(networks.take_down, m)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
-from jailmgr.manager import networks
+from jailmgr.manager import lxcfs, networks
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.host import Manager
+from jailmgr.manager.pinning import forget_pin
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
 from jailmgr.manager.totals import ensure_totals
@@ -52,7 +53,9 @@ def boot(m: Manager, jail: Jail) -> None:
     jail = claim_idmap(m, jail)
     with ExitStack() as undo:
         undo.callback(networks.unpublish, m, jail)
+        undo.callback(forget_pin, m, jail.tenant, jail.name)
         networks.up(m, jail)
+        lxcfs.up(m)
         if m.watcher is not None:
             m.watcher.watch(jail.tenant)
         supervisor = undo.enter_context(_supervisor(m, jail.tenant))

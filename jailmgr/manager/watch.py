@@ -1,8 +1,8 @@
-"""A thread that sees jails come and go, and supervisors die, as it happens.
+"""A thread that sees jails come and go, and supervisors and lxcfs die, as it happens.
 
 A supervisor writes and removes a state file for each jail in its tenant's runtime directory (inotify(7)): published
 ports follow it, since a jail that powers itself off or is started again by its restart policy asks nobody. A supervisor
-that dies while jails of its tenant run (pidfd_open(2)) is replaced.
+that dies while jails of its tenant run (pidfd_open(2)) is replaced, and so is lxcfs.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Watcher:
         self._changed = threading.Condition()
         self._tenants: dict[int, str] = {}
         self._supervisors: dict[int, str] = {}
+        self._lxcfs = -1
         self._held: dict[str, tuple[attach.Supervisor, float]] = {}
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -78,9 +79,9 @@ class Watcher:
         for thread in self._threads:
             thread.join()
         with self._changed:
-            for fd in (self._inotify, self._wake, *self._supervisors):
+            for fd in (self._inotify, self._wake, *self._supervisors, *self._of_lxcfs()):
                 os.close(fd)
-            self._inotify = -1
+            self._inotify = self._lxcfs = -1
             self._supervisors.clear()
             for link, _ in self._held.values():
                 link.close()
@@ -141,6 +142,23 @@ class Watcher:
                 self._supervisors[pidfd] = tenant
                 os.eventfd_write(self._wake, 1)
 
+    @property
+    def watches_lxcfs(self) -> bool:
+        """Whether there is one, or its end has not been seen yet."""
+        return self._lxcfs >= 0
+
+    def watch_lxcfs(self, pidfd: int) -> None:
+        """Watch over lxcfs, of which none is watched now, by its pidfd, which is the watcher's then."""
+        with self._changed:
+            if self._inotify < 0:
+                os.close(pidfd)
+                return
+            self._lxcfs = pidfd
+            os.eventfd_write(self._wake, 1)
+
+    def _of_lxcfs(self) -> list[int]:
+        return [self._lxcfs] if self._lxcfs >= 0 else []
+
     def wait_ready(self, tenant: str, name: str, timeout: float) -> None:
         """Until a running jail's init has told that the system is up; JailmgrError `failed` if it won't."""
         deadline = time.monotonic() + timeout
@@ -161,7 +179,7 @@ class Watcher:
         while not self._stopping.is_set():
             poll = select.poll()
             with self._changed:
-                watched = [self._inotify, self._wake, *self._supervisors]
+                watched = [self._inotify, self._wake, *self._supervisors, *self._of_lxcfs()]
             for fd in watched:
                 poll.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poll.poll(self._expire())}
@@ -170,7 +188,10 @@ class Watcher:
             if self._inotify in ready:
                 self._heard()
             for pidfd in ready - {self._inotify, self._wake}:
-                self._supervisor_ended(pidfd)
+                if pidfd == self._lxcfs:
+                    self._lxcfs_ended()
+                else:
+                    self._supervisor_ended(pidfd)
 
     def _heard(self) -> None:
         events, at, jails = os.read(self._inotify, 65536), 0, set()
@@ -192,12 +213,23 @@ class Watcher:
 
     def _attempt(self, tenant: str, name: str) -> None:
         from jailmgr.manager.networks import follow
+        from jailmgr.manager.pinning import follow_pin
 
         try:
             self.watch(tenant)
             follow(self._m, tenant, name)
+            follow_pin(self._m, tenant, name)
         except (JailmgrError, OSError) as error:
             log.error("jail %s/%s came or went: %s", tenant, name, error)
+
+    def _lxcfs_ended(self) -> None:
+        from jailmgr.manager import lxcfs
+
+        with self._changed:
+            os.close(self._lxcfs)
+            self._lxcfs = -1
+        if not self._stopping.is_set():
+            lxcfs.ended(self._m)
 
     def _supervisor_ended(self, pidfd: int) -> None:
         with self._changed:

@@ -54,6 +54,8 @@ class Plan(NamedTuple):
     """Name of the loaded AppArmor profile; empty where the host has none."""
     oom_score_adj: int = 0
     """Of init, where the host lets its root lower it."""
+    lxcfs: str = ""
+    """Where an lxcfs is mounted, if one is when the jail starts; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
 
@@ -101,6 +103,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "nics": json.dumps(plan.nics),
         "cpu-weight": json.dumps(plan.limits.cpu_weight),
         "seccomp": plan.seccomp,
+        "lxcfs": plan.lxcfs,
         "restart": plan.restart,
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
@@ -151,6 +154,8 @@ def _resources(limits: Limits) -> dict[str, Any]:
         resources["unified"] = {"memory.min": str(limits.memory_min)}
     if limits.cpu_quota is not None:
         resources["cpu"] = {"quota": limits.cpu_quota, "period": limits.cpu_period or 100_000}
+    if limits.cpus is not None:
+        resources.setdefault("cpu", {})["cpus"] = limits.cpus
     if limits.processes is not None:
         resources["pids"] = {"limit": limits.processes}
     if limits.io is not None:
@@ -195,6 +200,7 @@ class Bundle(NamedTuple):
     nics: list[dict[str, Any]]
     seccomp: str
     apparmor: str
+    lxcfs: str
     restart: str
     oom_score_adj: int
 
@@ -241,6 +247,7 @@ def _read(config: dict[str, Any]) -> Bundle:
             resources.get("pids", {}).get("limit"),
             _io(resources.get("blockIO", {})),
             None if kept is None else int(kept),
+            cpu.get("cpus"),
         ),
         lib=own["lib"],
         stop_signal=own["stop-signal"],
@@ -249,6 +256,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         nics=json.loads(own["nics"]),
         seccomp=own["seccomp"],
         apparmor=process.get("apparmorProfile", ""),
+        lxcfs=own.get("lxcfs", ""),
         restart=own["restart"],
         oom_score_adj=process.get("oomScoreAdj", 0),
     )

@@ -42,6 +42,8 @@ class Hierarchies(NamedTuple):
     """Other controllers of ours to the mount point of their hierarchy; co-mounted ones share it."""
     mounts: tuple[str, ...]
     """The mount points of `v1`, each once."""
+    cpuset: str = ""
+    """Mount point of v1's cpuset, which not every jail joins; empty where v2 has it, or the host hasn't."""
 
 
 def discover(mountinfo: str | None = None) -> Hierarchies:
@@ -73,6 +75,7 @@ def discover(mountinfo: str | None = None) -> Hierarchies:
         passed = offered if SYSTEMD else read_or(f"{unified}/cgroup.subtree_control", "").split()
         v2 = tuple(c for c in LIMITING if c in offered) + tuple(c for c in PASSED_ON if c in passed)
     used = [c for c in LIMITING if c not in v2] + list(ONLY_V1) + ([] if unified else list(WITHOUT_V2))
+    cpuset = v1.get("cpuset", "") if "cpuset" not in v2 else ""
     v1 = {controller: v1[controller] for controller in used if controller in v1}
     if not unified and not v1:
         raise JailmgrError(
@@ -81,7 +84,8 @@ def discover(mountinfo: str | None = None) -> Hierarchies:
             "Mount one: mount -t cgroup2 cgroup2 /sys/fs/cgroup",
             "unavailable",
         )
-    return Hierarchies(unified, v2, v1, tuple(dict.fromkeys(v1.values())))
+    mounts = tuple(dict.fromkeys(v1.values()))
+    return Hierarchies(unified, v2, v1, mounts, "" if cpuset in mounts else cpuset)
 
 
 def _unescape(path: bytes) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import device_bpf
+from jailmgr.runtime.cgroup_cpuset import pin
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies, directory, field, read, read_or, relative, write
 
 PERIOD_US = 100_000
@@ -52,6 +53,8 @@ class Limits(NamedTuple):
     io: IoLimit | None = None
     memory_min: int | None = None
     """Bytes that are not taken from it for the sake of others; v2 only."""
+    cpus: str | None = None
+    """The CPUs it runs on, as a list of the kernel's: `0-2,5`; not so on a host without a cpuset controller."""
 
 
 class Write(NamedTuple):
@@ -94,6 +97,8 @@ def set_limits(h: Hierarchies, cgroup: str, limits: Limits) -> None:
                 _reclaim(cgroup, path, value)
             write(path, value)
             done.append(Write(path, before))
+        path = "cpuset.cpus"
+        pin(h, cgroup, limits.cpus)
     except (OSError, JailmgrError) as error:
         for step in reversed(done):
             write(step.path, step.value)

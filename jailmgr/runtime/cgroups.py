@@ -16,6 +16,8 @@ import os
 import time
 
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime.cgroup_cpuset import host_cpus as host_cpus
+from jailmgr.runtime.cgroup_cpuset import make_cpuset
 from jailmgr.runtime.cgroup_hierarchies import SYSTEMD, read, relative, write
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies as Hierarchies
 from jailmgr.runtime.cgroup_hierarchies import discover as discover
@@ -73,15 +75,17 @@ def identity(h: Hierarchies, cgroup: str) -> int:
         return 0
 
 
-def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int) -> dict[str, str]:
+def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int, cpus: str | None = None) -> dict[str, str]:
     """Make `ROOT/TENANT/JAIL`, with a payload that `base_uid` (the host uid and gid of the guest's root) may use.
+
+    `cpus` as Limits has it: on v1 they are needed before anyone joins.
 
     The tenant's group must be there. What an earlier run left is removed first, its limits too. Returns controller to
     directory, and `unified` to the payload's. Raises JailmgrError; `conflict` where the group still has processes.
     """
     path = relative(cgroup)
     try:
-        if any(os.path.isdir(f"{mount}/{path}") for mount in (*h.mounts, h.unified) if mount):
+        if any(os.path.isdir(f"{mount}/{path}") for mount in _all(h)):
             remove(h, cgroup, timeout=0)
         for mount in h.mounts:
             _make(f"{mount}/{path}")
@@ -95,6 +99,7 @@ def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int) -> dict[str, s
             os.chown(payload, base_uid, base_uid)
             for name in DELEGATED:
                 os.chown(f"{payload}/{name}", base_uid, base_uid)
+        make_cpuset(h, cgroup, cpus)
     except OSError as error:
         raise from_os(f"cgroup {cgroup}", error, _hint(error)) from error
     return directories(h, cgroup)
@@ -107,7 +112,14 @@ def directories(h: Hierarchies, cgroup: str) -> dict[str, str]:
         found[controller] = f"{h.unified}/{relative(cgroup)}"
     if h.unified:
         found["unified"] = f"{h.unified}/{relative(cgroup)}/{PAYLOAD}"
+    if h.cpuset and os.path.isdir(f"{h.cpuset}/{relative(cgroup)}"):
+        found["cpuset"] = f"{h.cpuset}/{relative(cgroup)}"
     return found
+
+
+def _all(h: Hierarchies) -> list[str]:
+    """Where groups of ours may be."""
+    return [mount for mount in (*h.mounts, h.cpuset, h.unified) if mount]
 
 
 def _make(path: str) -> None:
@@ -164,6 +176,11 @@ def open_tasks(h: Hierarchies, cgroup: str) -> list[int]:
     opened: list[int] = []
     try:
         opened.extend(os.open(f"{mount}/{relative(cgroup)}/tasks", os.O_WRONLY | os.O_CLOEXEC) for mount in h.mounts)
+        if h.cpuset:
+            try:
+                opened.append(os.open(f"{h.cpuset}/{relative(cgroup)}/tasks", os.O_WRONLY | os.O_CLOEXEC))
+            except FileNotFoundError:
+                pass  # one with no CPUs of its own
     except OSError as error:
         for fd in opened:
             os.close(fd)
@@ -186,6 +203,8 @@ def join(h: Hierarchies, cgroup: str, pid: int, leaf: str = PAYLOAD) -> None:
     try:
         for mount in h.mounts:
             write(f"{mount}/{relative(cgroup)}/cgroup.procs", str(pid))
+        if h.cpuset and os.path.isdir(f"{h.cpuset}/{relative(cgroup)}"):
+            write(f"{h.cpuset}/{relative(cgroup)}/cgroup.procs", str(pid))
         if h.unified:
             _join_leaf(f"{h.unified}/{relative(cgroup)}", pid, leaf)
     except OSError as error:
@@ -215,9 +234,8 @@ def remove(h: Hierarchies, cgroup: str, timeout: float = 5.0) -> None:
             wait_event(f"{h.unified}/{path}", "populated", 0, deadline)
         else:
             wait_members(h, cgroup, deadline)
-        for mount in (*h.mounts, h.unified):
-            if mount:
-                _remove_tree(f"{mount}/{path}")
+        for mount in _all(h):
+            _remove_tree(f"{mount}/{path}")
     except OSError as error:
         left = members(h, cgroup)
         if error.errno == errno.EBUSY and left:
@@ -260,12 +278,11 @@ def _remove_tree(path: str, at: int | None = None) -> None:
 def list_groups(h: Hierarchies, root_name: str) -> list[str]:
     """`ROOT/TENANT` and `ROOT/TENANT/JAIL` of every group there is in any hierarchy, parents first."""
     found: set[str] = set()
-    for mount in (*h.mounts, h.unified):
-        if mount:
-            for tenant in _names(f"{mount}/{relative(root_name)}"):
-                group = f"{root_name}/{tenant}"
-                found.add(group)
-                found.update(f"{group}/{jail}" for jail in _names(f"{mount}/{relative(group)}"))
+    for mount in _all(h):
+        for tenant in _names(f"{mount}/{relative(root_name)}"):
+            group = f"{root_name}/{tenant}"
+            found.add(group)
+            found.update(f"{group}/{jail}" for jail in _names(f"{mount}/{relative(group)}"))
     return sorted(found)
 
 
@@ -281,7 +298,9 @@ def _names(path: str) -> list[str]:
 def remove_root(h: Hierarchies, root_name: str, timeout: float = 5.0) -> None:
     """Remove all of our groups, as `remove` does. Raises JailmgrError where any has processes.
 
-    systemd's scope is systemd's: it goes with its last process.
+    systemd's scope is systemd's: it goes with its last process, but for v1's cpuset, of which systemd knows nothing.
     """
     if not SYSTEMD:
         remove(h, root_name, timeout)
+    elif h.cpuset:
+        remove(Hierarchies("", (), {}, (), h.cpuset), root_name, timeout)

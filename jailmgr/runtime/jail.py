@@ -97,7 +97,7 @@ class Jail:
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
-        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, restart="no")
+        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
         self._begin(bundle, 0, None, payload)
 
     def visit_result(self) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
     """
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
-    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base)
+    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
     cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
 
 

@@ -11,6 +11,7 @@ import socket
 import stat
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime import lxcfs, protocol
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
 from jailmgr.runtime.notify import refuse_fds
@@ -79,13 +80,18 @@ def assemble(lower_fd: int | None, volume_fd: int) -> tuple[int, int]:
     return root, scratch
 
 
-def populate(root: int, scratch: int, bundle: Bundle) -> None:
-    """Kernel file systems, devices and masks, as the bundle lists them. `scratch`: `assemble`'s, closed at the end."""
+def populate(root: int, scratch: int, bundle: Bundle, limits_view: int | None) -> None:
+    """Kernel file systems, devices and masks, as the bundle lists them. `scratch`: `assemble`'s, closed at the end.
+
+    `limits_view`: lxcfs.open_whole's, closed too.
+    """
     for mount in bundle.mounts:
         _mount(root, mount)
     if any(mount.target == "/dev" for mount in bundle.mounts):
         _devices(root)
     _new_boot_id(root, scratch)
+    if limits_view is not None:
+        _show_limits(root, scratch, limits_view)
     os.mkdir("empty", 0o755, dir_fd=scratch)
     for path in bundle.masked:
         _mask(root, scratch, path.lstrip("/"))
@@ -188,6 +194,18 @@ def _new_boot_id(root: int, scratch: int) -> None:
         os.write(fd, random.read(64))
     os.close(fd)
     _cover(kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE), "boot_id", scratch)
+
+
+def _show_limits(root: int, scratch: int, limits_view: int) -> None:
+    """The whole of lxcfs goes where nobody sees it, for only what is mounted here can be cloned in part."""
+    os.mkdir("lxcfs", 0o700, dir_fd=scratch)
+    kernel.move_mount(limits_view, scratch, "lxcfs")
+    os.close(limits_view)
+    for name in lxcfs.FILES:
+        cover, target = lxcfs.open_file(name, scratch, "lxcfs"), _find(root, f"proc/{name}")
+        if cover is not None and target is not None:
+            kernel.move_mount(cover, target)
+        protocol.close_all([fd for fd in (cover, target) if fd is not None])
 
 
 def _mask(root: int, scratch: int, path: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.runtime import apparmor, archive, cgroups, enter, process, protocol, spawn
+from jailmgr.runtime import apparmor, archive, cgroups, enter, lxcfs, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
 from jailmgr.runtime.jail import Jail, signal_number
 from jailmgr.runtime.pty import fs_type
@@ -191,6 +191,14 @@ class Session:
         self.tell({"pid": os.getpid()})
         self.supervisor.reexec_when_steady(argv)
 
+    def _renew_lxcfs(self, body: dict[str, Any], fds: list[int]) -> None:
+        """Another lxcfs is mounted: its files go into every jail that runs."""
+        jails = {name: jail.pidfd for name, jail in self.supervisor.jails.items() if jail.running and not jail.once}
+        failed = lxcfs.renew(jails, str(body["mounted"]))
+        if failed:
+            self.supervisor.strays.look()
+        self.tell({"failed": failed})
+
     def _run(self, body: dict[str, Any], fds: list[int]) -> None:
         """A jail for one program, with the caller's pipes; it is killed when the caller goes."""
         name, supervisor = body["jail"], self.supervisor
@@ -278,6 +286,7 @@ class Session:
 _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
     "hello": Session._hello,
     "reexec": Session._reexec,
+    "renew_lxcfs": Session._renew_lxcfs,
     "status": Session._status,
     "start": Session._start,
     "stop": Session._stop,

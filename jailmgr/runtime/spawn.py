@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, netlink, process, protocol, rootfs
+from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, rootfs
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -121,8 +121,11 @@ def _refused(error: OSError) -> JailmgrError:
 def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
     """Our side of the child's way into its namespaces: its ids, its layers, its network."""
     layers = _map(pid, bundle)
+    limits_view = lxcfs.open_whole(bundle.lxcfs)
+    if limits_view is not None:
+        layers.append(limits_view)
     try:
-        protocol.send(ours, {}, layers)
+        protocol.send(ours, {"limits_view": limits_view is not None}, layers)
     finally:
         protocol.close_all(layers)
     if bundle.nics:
@@ -243,7 +246,9 @@ def _init(
     proc = apparmor.open_proc(bundle.apparmor)
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
-    layers = _go(sock).fds
+    said = _go(sock)
+    layers = said.fds
+    limits_view = layers.pop() if said.body["limits_view"] else None
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
@@ -252,7 +257,7 @@ def _init(
     kernel.mount_propagation_private()
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
-    rootfs.populate(root, scratch, bundle)
+    rootfs.populate(root, scratch, bundle, limits_view)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:

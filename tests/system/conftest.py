@@ -43,7 +43,7 @@ def jm(netns: Netns) -> Iterator[Instance]:
     """The worker's instance of jailmgr. Its lasting parts (pool, bridge, engine) are made by a first jail."""
     assert os.access(COMMAND, os.X_OK), f"{COMMAND} is missing: script/venv dev makes it"
     instance = _make_instance()
-    instance("launch", "busybox", "warm", within=BUILD_WITHIN)
+    instance("launch", "busybox", "warm", "-c", "limits.cpu=1", within=BUILD_WITHIN)
     instance("delete", "--force", "warm")
     yield instance
     _end(instance)

@@ -115,7 +115,7 @@ def _files(root: Root) -> Iterator[str]:
     """
     for top in (root.lib, root.run):
         for directory, directories, files in os.walk(top):
-            if directory in (root.cache, f"{root.pool}/images", f"{root.pool}/reap", root.pool_tree):
+            if directory in (root.cache, f"{root.pool}/images", f"{root.pool}/reap", root.pool_tree, root.lxcfs):
                 directories.clear()
                 continue
             yield f"file {directory}"

@@ -113,7 +113,7 @@ def new_jail(kind: str, path: Path) -> Iterator[Jail]:
             cgroups.remove(h, made.cgroup)
             cgroups.remove(h, made.tenant)
             cgroups.remove_root(h, root_name)
-    gone = [f"{mount}/{relative(root_name)}" for mount in (*h.mounts, h.unified) if mount]
+    gone = [f"{mount}/{relative(root_name)}" for mount in (*h.mounts, h.cpuset, h.unified) if mount]
     until(lambda: not any(os.path.exists(path) for path in gone), 10, gone)
 
 
@@ -268,6 +268,47 @@ def test_limits_change_under_running_processes(jail: Jail) -> None:
         assert wanted[0] is None or read(jail.place("memory", memory)) == wanted[0]
         assert read(jail.place("pids", "pids.max")) == wanted[1]
         assert read(jail.place("cpu", period)).split()[-1] == wanted[2]
+
+
+def test_cpus_of_processes_that_run_and_of_those_that_come(jail: Jail) -> None:
+    every = cgroups.host_cpus(jail.h, jail.root_name)
+    if len(every) < 2:
+        pytest.skip("one CPU, or no cpuset controller")
+    first = jail.run(HOLD.format(size=1))
+    assert jail.said(first) == b"held"
+    cgroups.set_limits(jail.h, jail.cgroup, Limits(cpus=str(every[1])))
+    assert os.sched_getaffinity(first.pid) == {every[1]}
+    second = jail.run("import os, sys; print(os.sched_getaffinity(0), flush=True); sys.stdin.read()")
+    assert jail.said(second).decode() == f"{{{every[1]}}}"
+    assert cgroups.directories(jail.h, jail.cgroup)["cpuset"].endswith(jail.cgroup)
+    for cpus, has in ((str(every[0]), {every[0]}), (None, {*every})):
+        cgroups.set_limits(jail.h, jail.cgroup, Limits(cpus=cpus))
+        assert [os.sched_getaffinity(process.pid) for process in (first, second)] == [has, has]
+
+
+def test_a_fork_bomb_is_pinned_whole(jail: Jail) -> None:
+    every = cgroups.host_cpus(jail.h, jail.root_name)
+    if len(every) < 2:
+        pytest.skip("one CPU, or no cpuset controller")
+    cgroups.set_limits(jail.h, jail.cgroup, Limits(processes=40))
+    bomb = jail.run("import os\nos.write(1, b'go\\n')\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+    assert jail.said(bomb) == b"go"
+    cgroups.set_limits(jail.h, jail.cgroup, Limits(processes=40, cpus=str(every[0])))
+    assert {frozenset(os.sched_getaffinity(pid)) for pid in cgroups.members(jail.h, jail.cgroup)} == {
+        frozenset({every[0]})
+    }
+
+
+def test_a_jail_begins_on_its_cpus_and_those_that_are_gone_are_left_out(jail: Jail) -> None:
+    every = cgroups.host_cpus(jail.h, jail.root_name)
+    if not jail.h.cpuset or len(every) < 2:
+        pytest.skip("one CPU, or no cpuset hierarchy of v1")
+    for cpus, has in ((f"{every[1]},4095", {every[1]}), ("4095", {*every})):
+        cgroups.create_jail_group(jail.h, jail.cgroup, BASE, cpus)
+        process = jail.run("import os, sys; print(sorted(os.sched_getaffinity(0)), flush=True); sys.stdin.read()")
+        assert jail.said(process).decode() == str(sorted(has))
+        cgroups.kill(jail.h, jail.cgroup)
+        process.communicate()
 
 
 def test_memory_below_use_is_refused_with_figures_and_nothing_changes(jail: Jail) -> None:

@@ -120,7 +120,10 @@ def test_a_release_that_does_not_begin_changes_nothing(new_instance: Callable[[]
     instance = new_instance()
     instance("launch", "busybox", "one")
     init, supervisor = instance.info("one")["init_pid"], instance.info("one")["supervisor_pid"]
-    for name, old, new in (("reexec", "import", "def broken(:"), ("protocol", "SNAPSHOTS = (1, 2)", "SNAPSHOTS = (3,)")):
+    for name, old, new in (
+        ("reexec", "import", "def broken(:"),
+        ("protocol", "SNAPSHOTS = (1, 2)", "SNAPSHOTS = (3,)"),
+    ):
         source = release / "jailmgr" / "runtime" / f"{name}.py"
         whole = source.read_text()
         source.write_text(whole.replace(old, new, 1))

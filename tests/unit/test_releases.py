@@ -27,7 +27,7 @@ def test_a_bundle_of_the_first_release_is_read() -> None:
     bundle = read_bundle(FIRST)
     assert (bundle.tenant, bundle.jail, bundle.lib) == ("acme", "web", "/var/lib/jailmgr/jails/acme/web")
     assert bundle.limits == Limits(64 * MIB, 0, 150_000, 100_000, None, 500)
-    assert (bundle.apparmor, bundle.limits.io) == ("", None)
+    assert (bundle.apparmor, bundle.limits.io, bundle.limits.cpus, bundle.lxcfs) == ("", None, None, "")
 
 
 @pytest.mark.parametrize("more", [{"version": VERSION + 1}, {"unknown": 1}])

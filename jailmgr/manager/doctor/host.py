@@ -16,6 +16,7 @@ TOOLS: dict[str, tuple[str, Severity, str]] = {
     "dnsmasq": ("dnsmasq-base", "error", "names of jails"),
     "debootstrap": ("debootstrap", "warning", "builds Debian images"),
     "busybox": ("busybox-static", "warning", "the busybox template"),
+    "lxcfs": ("lxcfs", "warning", "jails see the host's memory, CPUs and load in place of their own"),
 }
 LIBRARIES = {"nftables": "libnftables1", "seccomp": "libseccomp2"}
 SYSCTLS = {
@@ -26,6 +27,7 @@ SYSCTLS = {
     "user.max_user_namespaces": (256, "a jail takes one"),
 }
 """Least values for some hundred jails, and why. More is in the package's sysctl.d file."""
+FUSE = "/dev/fuse"
 RESOLV_CONF = "/etc/resolv.conf"
 SELINUX = "/sys/fs/selinux/enforce"
 
@@ -40,6 +42,10 @@ def tool_checks() -> list[Check]:
     for tool, (package, severity, why) in TOOLS.items():
         path = shutil.which(tool, path=SBIN)
         found.append(check(tool, path is not None, path or f"missing: {why}", f"apt install {package}", severity))
+    if shutil.which("lxcfs", path=SBIN) is not None:
+        there = os.path.exists(FUSE)
+        detail = FUSE if there else f"no {FUSE}, without which lxcfs serves nothing"
+        found.append(check("fuse", there, detail, "modprobe fuse", "warning"))
     for library, package in LIBRARIES.items():
         name = ctypes.util.find_library(library)
         found.append(check(f"lib{library}", name is not None, name or "missing", f"apt install {package}"))

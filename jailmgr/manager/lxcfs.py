@@ -1,0 +1,265 @@
+"""The instance's lxcfs(1): one for all of its jails, which see their own memory, CPUs and load by it.
+
+Not the distribution's service: ours has a directory of its own, and is started with the first jail. Its mount is the
+one that jailmgr makes in the host's mount namespace. It outlives the engine, which finds it again by its pid file and
+command line. Where it dies, the watcher has it replaced, and the files are put into the jails that run again.
+
+A file `stale` lies beside it from before it begins until every jail has its files: who is killed in between leaves that
+to the next engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from jailmgr.config import Root
+from jailmgr.errors import JailmgrError, from_os
+from jailmgr.manager.host import Manager
+from jailmgr.runtime import attach, scope
+from jailmgr.runtime.state import supervisor_process
+from jailmgr.runtime.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
+
+SBIN = "/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin:/bin"
+DEVICE = "/dev/fuse"
+START_S, STOP_S = 10.0, 2.0
+ENDS_MAX, ENDS_S = 5, 10.0
+"""So many ends in so many seconds, and it is started again with the next jail only."""
+
+log = logging.getLogger(__name__)
+
+
+def program() -> str | None:
+    """The host's lxcfs; None where it isn't installed."""
+    return shutil.which("lxcfs", path=SBIN)
+
+
+def is_there(root: Root) -> bool:
+    """Whether anything is left of it on the host: a process, a mount, their directory."""
+    return _place(root).exists()
+
+
+def up(m: Manager) -> None:
+    """Have it run, where the host has one, before a jail starts. What fails is logged: jails do without."""
+    with m.lxcfs_lock:
+        if m.watcher is None or m.watcher.watches_lxcfs:
+            return
+        try:
+            _up(m)
+        except (JailmgrError, OSError) as error:
+            log.error("lxcfs: %s: jails see the host's memory and CPUs", error)
+
+
+def _up(m: Manager) -> None:
+    root, place = m.root, _place(m.root)
+    pidfd = _find_whole(root)
+    if pidfd is None:
+        found = program()
+        if found is None or not os.path.exists(DEVICE):
+            return
+        _unmount(root)
+        os.makedirs(root.lxcfs, mode=0o700, exist_ok=True)
+        (place / "stale").touch()
+        pidfd = _start(root, found)
+    assert m.watcher is not None
+    m.watcher.watch_lxcfs(pidfd)
+    if (place / "stale").exists() and _renew(root):
+        (place / "stale").unlink()
+
+
+def settle(m: Manager, needed: bool) -> None:
+    """When the engine begins: find it again. One that died is replaced where jails run, else cleared away."""
+    if needed:
+        up(m)
+        return
+    pidfd = _find_whole(m.root)
+    if pidfd is None:
+        stop(m.root)
+    elif m.watcher is not None:
+        m.watcher.watch_lxcfs(pidfd)
+
+
+def ended(m: Manager) -> None:
+    """It has died: start the next one, and give its files to the jails that run."""
+    now = time.monotonic()
+    m.lxcfs_ends = [*(at for at in m.lxcfs_ends if now - at < ENDS_S), now]
+    if len(m.lxcfs_ends) > ENDS_MAX:
+        log.error("lxcfs has ended %d times within %.0f s: it is left so until a jail starts", ENDS_MAX + 1, ENDS_S)
+        return
+    log.warning("lxcfs has ended: the next one takes its place")
+    up(m)
+
+
+def stop(root: Root) -> None:
+    """End it and take its mount away; fine where there is none. Raises JailmgrError."""
+    if not is_there(root):
+        return
+    try:
+        pidfd = _find(root)
+        if pidfd is not None:
+            _end(pidfd)
+        _unmount(root)
+        place = _place(root)
+        for name in ("pid", "stale"):
+            (place / name).unlink(missing_ok=True)
+        # Never a tree: one that was just mounted by who was killed meanwhile would be walked into.
+        for directory in (Path(root.lxcfs), place):
+            with contextlib.suppress(FileNotFoundError):
+                directory.rmdir()
+    except OSError as error:
+        raise from_os("lxcfs", error) from error
+
+
+def _place(root: Root) -> Path:
+    return Path(root.lxcfs).parent
+
+
+def _find_whole(root: Root) -> int | None:
+    """`_find`; one whose engine was killed before it was mounted is ended."""
+    pidfd = _find(root)
+    if pidfd is not None and (_place(root) / "stale").exists() and not _is_mounted(root):
+        _end(pidfd)
+        return None
+    return pidfd
+
+
+def _find(root: Root) -> int | None:
+    """Its pidfd, which the caller closes; None where it doesn't run."""
+    try:
+        pid = int((_place(root) / "pid").read_text())
+        # First the descriptor and then the look: the number may be another's by now.
+        pidfd = os.pidfd_open(pid)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return None
+    try:
+        words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        words = []
+    if os.fsencode(_pid_option(root)) in words and not _ready(pidfd, 0):
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def _pid_option(root: Root) -> str:
+    """By which its command line is known again."""
+    return f"--pidfile={_place(root)}/pid"
+
+
+def _start(root: Root, found: str) -> int:
+    """Its pidfd, once it is mounted. Raises JailmgrError, OSError."""
+    argv = [found, "--enable-loadavg", _pid_option(root), root.lxcfs]
+    mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+    reading, writing = os.pipe()
+    try:
+        # setsid(1) forks: one that ends is init's to reap, however long the engine lives. SIGPIPE stays ignored, for
+        # nobody reads what it says once it is mounted.
+        subprocess.run(
+            ["setsid", "--fork", *scope.begin_apart("The jails' view of their limits", argv)],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=writing,
+            cwd="/",
+            env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            restore_signals=False,
+        )
+        os.close(writing)
+        writing = -1
+        told = _await_mount(root, mounts, reading)
+    except subprocess.SubprocessError as error:
+        raise JailmgrError("lxcfs", f"it could not be started: {error}") from error
+    finally:
+        os.close(mounts)
+        os.close(reading)
+        if writing >= 0:
+            os.close(writing)
+    pidfd = _find(root)
+    if pidfd is None:
+        raise JailmgrError("lxcfs", told.strip().rpartition("\n")[2] or "it did not start")
+    return pidfd
+
+
+def _await_mount(root: Root, mounts: int, reading: int) -> str:
+    """What it says until it is mounted, ends or START_S have passed. mountinfo tells of changes by POLLPRI
+    (proc_pid_mountinfo(5)).
+    """
+    told, deadline = b"", time.monotonic() + START_S
+    poll = select.poll()
+    poll.register(mounts, select.POLLPRI)
+    poll.register(reading, select.POLLIN)
+    while not _is_mounted(root):
+        for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if fd == reading:
+                chunk = os.read(reading, 4096)
+                if not chunk:
+                    return told.decode(errors="replace")
+                told += chunk
+        if time.monotonic() >= deadline:
+            break
+    return told.decode(errors="replace")
+
+
+def _is_mounted(root: Root) -> bool:
+    """And answers: stat(2) of it waits until it does, and fails where it is dead."""
+    try:
+        return os.stat(root.lxcfs).st_dev != os.stat(_place(root)).st_dev
+    except OSError:
+        return False
+
+
+def _unmount(root: Root) -> None:
+    """Of a dead one too, of which stat(2) says nothing."""
+    while True:
+        try:
+            umount(root.lxcfs, MNT_DETACH | UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            raise
+
+
+def _end(pidfd: int) -> None:
+    """By SIGKILL: it has nothing to lose, and by SIGTERM its thread of load averages takes seconds. Closes `pidfd`."""
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        _ready(pidfd, STOP_S)
+    finally:
+        os.close(pidfd)
+
+
+def _ready(pidfd: int, seconds: float) -> bool:
+    """Wait until the process has ended; whether it has."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _renew(root: Root) -> bool:
+    """Ask every supervisor to put the files into its jails; whether it was done in all of them."""
+    done = True
+    tenants = f"{root.run}/tenants"
+    for tenant in os.listdir(tenants) if os.path.isdir(tenants) else ():
+        # Any that is alive: of a jail that is only just starting there is no state file yet.
+        if supervisor_process(root, tenant) is None:
+            continue
+        try:
+            with attach.connect(root, tenant, start=False) as supervisor:
+                failed = supervisor.ask("renew_lxcfs", mounted=root.lxcfs).body["failed"]
+        except (JailmgrError, OSError) as error:
+            log.error("lxcfs: tenant %s: %s", tenant, error)
+            done = False
+        else:
+            if failed:
+                log.error("lxcfs: its files could not be put into %s of tenant %s", ", ".join(failed), tenant)
+                done = False
+    return done

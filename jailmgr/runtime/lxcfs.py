@@ -1,0 +1,160 @@
+"""What a jail sees of memory, CPUs, load, swap and disks: files of an lxcfs(1) over those of its /proc.
+
+One lxcfs serves all jails of an instance (manager/lxcfs.py). It tells who reads what holds for that process's cgroup
+and those above it. Not its `uptime`: a jail's time namespace does that. In the jail they are mounts like any other,
+which guest root may take away. Where there is no lxcfs, or a dead one, a jail has what the kernel shows.
+
+lxcfs dies: `renew` puts the files of the next one in the place of those that answer ENOTCONN now.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from jailmgr.runtime import process
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.pty import fs_type
+
+FILES = ("cpuinfo", "diskstats", "loadavg", "meminfo", "stat", "swaps")
+"""Of its directory `proc`, and of a jail's /proc."""
+RENEW_SECONDS, JAIL_SECONDS = 2.0, 0.05
+"""How long the jails of a tenant may take for it, and each one more: it is some milliseconds, unless a guest is up to
+something.
+"""
+
+_ATTRIBUTES = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC
+_PROC_SUPER_MAGIC = 0x9FA0
+_OF_PROC = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
+_LAYERS_MAX = 8
+
+
+def open_whole(directory: str) -> int | None:
+    """A detached, read-only mount of all that is mounted at `directory`; None where there is nothing.
+
+    It asks lxcfs for nothing, which may be dead.
+    """
+    if not directory:
+        return None
+    try:
+        return _detached(directory)
+    except OSError:
+        return None
+
+
+def open_file(name: str, at: int = kernel.AT_FDCWD, below: str = "") -> int | None:
+    """A detached mount of one of `FILES`, of the lxcfs mounted at `below`; None where that has none, or is dead."""
+    try:
+        return _detached(f"{below}/proc/{name}", at)
+    except OSError:
+        return None
+
+
+def _detached(path: str, at: int = kernel.AT_FDCWD) -> int:
+    made = kernel.open_tree(path, at)
+    try:
+        # A clone of a shared mount, as systemd makes all of a host's, would pass on what is mounted on it.
+        kernel.mount_setattr(made, _ATTRIBUTES, propagation=kernel.MS_PRIVATE)
+    except BaseException:
+        os.close(made)
+        raise
+    return made
+
+
+def renew(jails: dict[str, int], directory: str) -> list[str]:
+    """Have the files of the lxcfs at `directory` in each jail's /proc again: names of those in which it failed.
+
+    `jails`: name to init's pidfd. A child for each goes into the jail's mount namespace and no further: what the guest
+    has done to its processes and cgroups, or set as limits to them, is not in its way.
+    """
+    children: dict[int, tuple[str, int]] = {}
+    for name, init in jails.items():
+        pid = os.fork()
+        if pid == 0:
+            process.trap("lxcfs", _note, partial(_renew, init, directory))
+        children[os.pidfd_open(pid)] = (name, pid)
+    failed = []
+    deadline = monotonic() + RENEW_SECONDS + len(jails) * JAIL_SECONDS
+    for pidfd, (name, pid) in children.items():
+        if not _ended(pidfd, deadline):
+            # Who waits for a file system of the guest's waits as long as that likes: strays.py reaps it then.
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _ended(pidfd, monotonic() + 0.1)
+        if os.waitpid(pid, os.WNOHANG) != (pid, 0) and not _ended(jails[name], 0):
+            failed.append(name)
+        os.close(pidfd)
+    return failed
+
+
+def _ended(pidfd: int, deadline: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, deadline - monotonic()) * 1000))
+
+
+def _note(told: dict[str, Any]) -> None:
+    print("lxcfs:", told["error"]["why"], file=sys.stderr, flush=True)
+
+
+def _renew(init: int, directory: str) -> None:
+    """The child. The files are taken while the host's mounts are in sight; all else happens with the guest's rights."""
+    kernel.close_all_but(init)
+    process.shut_imports()
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    fresh = {name: open_file(name, below=directory) for name in FILES}
+    kernel.setns(init, kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
+    os.setresgid(0, 0, 0)
+    os.setgroups([])
+    os.setresuid(0, 0, 0)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    proc = _open_proc()
+    if proc is None:
+        return
+    os.fchdir(proc)
+    for name, made in fresh.items():
+        target = _uncover(proc, name) if made is not None else None
+        if made is not None and target is not None:
+            kernel.move_mount(made, target)
+
+
+def _open_proc() -> int | None:
+    """The jail's /proc, where it is one: not a link, and not what the guest may have mounted there."""
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        proc = kernel.openat2(root, "proc", os.O_PATH | os.O_DIRECTORY, _OF_PROC)
+    except OSError:
+        return None
+    return proc if fs_type(proc) == _PROC_SUPER_MAGIC else None
+
+
+def _uncover(proc: int, name: str) -> int | None:
+    """The file of procfs itself, dead mounts on it taken away; None where the guest, or a living lxcfs, has one there.
+
+    The working directory is `proc`: a name in it is one step, and procfs has no links by these names.
+    """
+    for _ in range(_LAYERS_MAX):
+        try:
+            return kernel.openat2(proc, name, os.O_PATH | os.O_NOFOLLOW, _OF_PROC | kernel.RESOLVE_NO_XDEV)
+        except OSError as error:
+            if error.errno != errno.EXDEV or not _is_dead(proc, name):
+                return None
+        kernel.umount(name, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
+    return None
+
+
+def _is_dead(proc: int, name: str) -> bool:
+    """Whether what lies on the file is of a FUSE file system that nobody serves any more."""
+    top = kernel.openat2(proc, name, os.O_PATH | os.O_NOFOLLOW, _OF_PROC)
+    try:
+        os.fstatvfs(top)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    finally:
+        os.close(top)
+    return False

@@ -1,0 +1,64 @@
+"""What a jail's /proc says of memory and CPUs, and the lxcfs of an instance: for tests here and in the lab VM."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jailmgr.runtime.lxcfs import FILES
+from tests.system.instance import Instance, kill, until
+
+NUMBER = "nproc; grep -c ^processor /proc/cpuinfo; grep -c ^cpu[0-9] /proc/stat"
+
+
+def meminfo(host: Instance, name: str, field: str = "MemTotal") -> int:
+    """KiB."""
+    text = host.exec(name, "cat", "/proc/meminfo").out
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{field}:"))
+
+
+def cpus(host: Instance, name: str) -> tuple[int, ...]:
+    """How many there are by its affinity, its cpuinfo and its stat."""
+    return tuple(map(int, host.sh(name, NUMBER).out.split()))
+
+
+def mounts(host: Instance, name: str) -> list[tuple[str, str]]:
+    """Number and point of each mount of a running jail, as the host sees them."""
+    text = Path("/proc", str(host.info(name)["init_pid"]), "mountinfo").read_text()
+    return [(line.split()[0], line.split()[4]) for line in text.splitlines()]
+
+
+def covered(host: Instance, name: str) -> list[str]:
+    """Files of its /proc that lxcfs' lie on, one for each time."""
+    text = Path("/proc", str(host.info(name)["init_pid"]), "mountinfo").read_text()
+    return sorted(line.split()[4].removeprefix("/proc/") for line in text.splitlines() if "fuse.lxcfs" in line)
+
+
+def lxcfs_pid(host: Instance) -> int:
+    return int(Path(host.root.run, "lxcfs", "pid").read_text())
+
+
+def kill_lxcfs(host: Instance) -> int:
+    """SIGKILL of the instance's own; its pid."""
+    pid = lxcfs_pid(host)
+    assert os.fsencode(f"{host.root.run}/") in Path("/proc", str(pid), "cmdline").read_bytes()
+    kill(pid)
+    return pid
+
+
+def wait_renewed(host: Instance, old: int) -> None:
+    """Until another lxcfs runs and each jail has been given its files."""
+    until(
+        lambda: lxcfs_pid(host) != old and not Path(host.root.run, "lxcfs", "stale").exists(),
+        20,
+        "another lxcfs runs, and all jails have its files",
+    )
+
+
+def check_view(host: Instance, name: str, mebibytes: int) -> None:
+    """A jail with so much memory sees that, and lxcfs' files, each once."""
+    assert covered(host, name) == sorted(FILES)
+    assert meminfo(host, name) == mebibytes << 10
+    assert meminfo(host, name, "MemAvailable") <= mebibytes << 10
+    for file in FILES:
+        host.sh(name, f"cat /proc/{file} >/dev/null")
