@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from contextlib import suppress
 
 import msgspec
 
@@ -162,22 +163,21 @@ def _make(here: netlink.RouteSocket, name: str) -> int:
     index = _index(name)
     if not index:
         kind = attribute(netlink.IFLA_LINKINFO | NLA_F_NESTED, attribute(netlink.IFLA_INFO_KIND, b"ifb"))
-        queues = attribute(netlink.IFLA_NUM_TX_QUEUES, b"\1\0\0\0") + attribute(netlink.IFLA_NUM_RX_QUEUES, b"\1\0\0\0")
+        one = struct.pack("=I", 1)
+        queues = attribute(netlink.IFLA_NUM_TX_QUEUES, one) + attribute(netlink.IFLA_NUM_RX_QUEUES, one)
         link = netlink.ifinfomsg() + attribute(netlink.IFLA_IFNAME, name.encode() + b"\0") + queues + kind
         here.ask(message(netlink.RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, link))
         index = _index(name)
-    # struct tc_htb_glob: version, rate2quantum, defcls, debug, direct_pkts.
-    options = attribute(TCA_HTB_INIT, struct.pack("=5I", HTB_VERSION, 10, REST, 0, 0))
-    qdisc = tcmsg(index, MAJOR, TC_H_ROOT, 0, b"htb") + attribute(TCA_OPTIONS | NLA_F_NESTED, options)
-    try:
-        here.ask(message(netlink.RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, qdisc))
-    except FileExistsError:
-        return index
     # Before it goes up, lest it get an IPv6 address and speak.
     mode = attribute(netlink.IFLA_INET6_ADDR_GEN_MODE, bytes([netlink.IN6_ADDR_GEN_MODE_NONE]))
     family = attribute(netlink.AF_INET6 | NLA_F_NESTED, mode)
     quiet = netlink.ifinfomsg(index) + attribute(netlink.IFLA_AF_SPEC | NLA_F_NESTED, family)
     here.ask(message(netlink.RTM_SETLINK, 0, quiet), message(netlink.RTM_SETLINK, 0, netlink.ifinfomsg(index, up=True)))
+    # struct tc_htb_glob: version, rate2quantum, defcls, debug, direct_pkts.
+    options = attribute(TCA_HTB_INIT, struct.pack("=5I", HTB_VERSION, 10, REST, 0, 0))
+    qdisc = tcmsg(index, MAJOR, TC_H_ROOT, 0, b"htb") + attribute(TCA_OPTIONS | NLA_F_NESTED, options)
+    with suppress(FileExistsError):
+        here.ask(message(netlink.RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, qdisc))
     return index
 
 
