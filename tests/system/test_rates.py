@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import tempfile
@@ -20,8 +19,7 @@ from jailmgr.manager.create import launch
 from jailmgr.manager.delete import delete
 from jailmgr.manager.host import Manager
 from jailmgr.manager.leftovers import find_leftovers
-from jailmgr.manager.shaping import apply_tenant_rates
-from jailmgr.manager.tenants import create_tenant, delete_tenant
+from jailmgr.manager.tenants import create_tenant, delete_tenant, set_tenant
 from jailmgr.network import bridge, shaping
 from jailmgr.runtime.state import read_state
 from tests.system.conftest import MakeJail
@@ -152,8 +150,7 @@ def m(netns: Netns) -> Iterator[Manager]:
 
 
 def test_a_tenant_is_held_to_its_total(m: Manager, netns: Netns) -> None:
-    create_tenant(m, "acme", {})
-    _set_total(m, {"limits.egress": RATE, "limits.ingress": RATE})
+    create_tenant(m, "acme", {"limits.egress": RATE, "limits.ingress": RATE})
     for name in ("one", "two"):
         launch(m, "acme", name, "busybox", {}, {})
     for receives in (False, True):
@@ -175,12 +172,12 @@ def test_a_total_changes_while_jails_run(m: Manager, netns: Netns) -> None:
     for name in ("one", "two"):
         launch(m, "acme", name, "busybox", {}, {})
     assert sum(_at_once(m, netns, False)) > FREE
-    _set_total(m, {"limits.egress": RATE})
+    set_tenant(m, "acme", {"limits.egress": RATE})
     assert SLOW < sum(_at_once(m, netns, False)) < HELD
     assert sum(_at_once(m, netns, True)) > FREE
-    _set_total(m, {"limits.egress": "1Gbit"})
+    set_tenant(m, "acme", {"limits.egress": "1Gbit"})
     assert sum(_at_once(m, netns, False)) > FREE
-    _set_total(m, {})
+    set_tenant(m, "acme", {"limits.egress": None})
     assert sum(_at_once(m, netns, False)) > FREE
     veth = bridge.veth_name(m.root, m.store.jail("acme", "one").id)
     assert "mirred" not in run("tc", "filter", "show", "dev", veth, "ingress")
@@ -190,7 +187,7 @@ def test_tenants_have_queues_of_their_own(m: Manager, netns: Netns) -> None:
     for tenant in ("acme", "other"):
         create_tenant(m, tenant, {})
         launch(m, tenant, "one", "busybox", {}, {})
-    _set_total(m, {"limits.egress": RATE})
+    set_tenant(m, "acme", {"limits.egress": RATE})
     with _netns(m.root, "acme", "one") as limited, _netns(m.root, "other", "one") as free:
         assert SLOW < megabits(limited, netns.outside, OUTSIDE[0]) < HELD
         assert megabits(free, netns.outside, OUTSIDE[0]) > FREE
@@ -208,12 +205,6 @@ def test_doctor_finds_queues_of_nobody(m: Manager) -> None:
         assert remove is not None
         remove()
     assert _ifbs(m.root) == []
-
-
-def _set_total(m: Manager, config: dict[str, str]) -> None:
-    with m.store.transaction() as db:
-        db.execute("UPDATE tenants SET config = ? WHERE name = 'acme'", (json.dumps(config),))
-    apply_tenant_rates(m, "acme")
 
 
 def _at_once(m: Manager, netns: Netns, receives: bool) -> list[float]:

@@ -14,7 +14,7 @@ from tests.system.netns import inside
 
 WITHIN = 5.0
 """Seconds for what should come."""
-MEASURED = 2.0
+MEASURED = 1.0
 """Seconds for which what comes is counted."""
 NOTHING_WITHIN = 1.0
 """Seconds after which nothing will come."""
