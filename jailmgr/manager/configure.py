@@ -52,8 +52,8 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
                 write_bundle(m, new)
                 _apply_ports(m, old, new, undo)
             if rates_of_jail(old) != rates_of_jail(new):
-                undo.callback(shaping.apply, m, old, runs)
-                shaping.apply(m, new, runs)
+                undo.callback(shaping.apply, m, old)
+                shaping.apply(m, new)
             undo.pop_all()
     return waiting(old, new) if runs else []
 

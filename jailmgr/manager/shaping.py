@@ -44,13 +44,13 @@ def up(m: Manager, jail: Jail) -> bool:
     return "egress" in shape
 
 
-def apply(m: Manager, jail: Jail, runs: bool) -> None:
+def apply(m: Manager, jail: Jail) -> None:
     """Have the kernel say what the store says of a jail's rates, after they have been changed. Raises JailmgrError."""
     with m.network_lock:
         tenant, veths = m.store.tenant(jail.tenant), [nic.veth for nic in jail.nics]
         shape = queues.shape_of(m.root, tenant, jail)
         free = [direction for direction in filters.DIRECTIONS if direction not in shape]
-        if runs and up(m, jail):
+        if running(m, jail) and up(m, jail):
             _hold(m, veths)
         if "egress" in free:
             firewall.let_from_queue(m.root, veths)
@@ -72,16 +72,16 @@ def apply_tenant_rates(m: Manager, name: str) -> None:
                 if queues.is_made(m.root, tenant, direction):
                     queues.set_tenant(m.root, tenant, direction)
         for jail in m.store.jails(name):
-            runs = running(m, jail)
-            if runs:
+            if running(m, jail):
                 write_bundle(m, jail)
-            apply(m, jail, runs)
+            apply(m, jail)
 
 
 def follow(m: Manager, jail: Jail) -> None:
     """Lead a jail to its queues that has just been started, with what its config.json said a moment ago."""
     with m.network_lock:
-        if up(m, jail):
+        # It may have been deleted meanwhile, and its queues with it.
+        if running(m, jail) and up(m, jail):
             _hold(m, [nic.veth for nic in jail.nics])
 
 

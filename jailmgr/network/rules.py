@@ -136,7 +136,7 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
     return [
         ("prerouting", (_is(_meta("iifname"), ours, "!="), _ACCEPT)),
         ("prerouting", (_is(_meta("iifname"), "@shaped"), _is(_meta("mark"), MARK, "!="), _DROP)),
-        ("prerouting", (_is(_meta("mark"), MARK), {"mangle": {"key": _meta("mark"), "value": 0}})),
+        ("prerouting", (_is(_meta("mark"), MARK), _set("priority", 0), _set("mark", 0))),
         ("prerouting", (_not_own(_payload("ether", "saddr"), "macs"), _DROP)),
         ("prerouting", ({"vmap": {"key": _payload("ether", "type"), "data": jumps}},)),
         ("prerouting", (_DROP,)),
@@ -185,6 +185,10 @@ _DROP: Json = {"drop": None}
 
 def _is(left: Json, right: Any, op: str = "==") -> Json:
     return {"match": {"op": op, "left": left, "right": right}}
+
+
+def _set(key: str, value: int) -> Json:
+    return {"mangle": {"key": _meta(key), "value": value}}
 
 
 def _not_own(field: Json, name: str) -> Json:

@@ -35,7 +35,7 @@ from jailmgr.runtime.netlink import (
 )  # fmt: skip
 
 MARK = 0x6A61696C
-"""`jail`. Taken off again before anybody else sees the packet."""
+"""`jail`. The bridge takes it off again, and the priority, before anybody else sees the packet."""
 DIRECTIONS = ("ingress", "egress")
 """Of the jail: what it receives, what it sends."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -133,6 +134,25 @@ def test_an_ifb_of_the_guests_own_leads_past_no_queue(jm: Instance, netns: Netns
         assert _flood(jail, netns.outside) < HELD
 
 
+@pytest.mark.parametrize("family", [0, 1], ids=["ipv4", "ipv6"])
+def test_nothing_of_it_is_seen_behind_the_bridge(
+    jm: Instance, netns: Netns, busybox_jail: MakeJail, family: int
+) -> None:
+    """Marks and priorities mean something to the host's own rules and queues."""
+    name = busybox_jail("-c", "limits.egress=100Mbit")
+    chain = "type filter hook forward priority -200; policy accept"
+    rules = "meta mark != 0 counter\nmeta priority != 0 counter\ncounter"
+    run("nft", "-f", "-", stdin=f"table inet probe {{\nchain seen {{\n{chain};\n{rules}\n}}\n}}\n")
+    try:
+        with jail_netns(jm, name) as jail:
+            megabits(jail, netns.outside, OUTSIDE[family])
+        marked, prior, every = _packets("probe")
+    finally:
+        run("nft", "delete", "table", "inet", "probe")
+    assert every > 100
+    assert (marked, prior) == (0, 0)
+
+
 @pytest.fixture
 def m(netns: Netns) -> Iterator[Manager]:
     """An instance without an engine; nothing is left of it."""
@@ -245,6 +265,13 @@ def _send_until(sender: socket.socket, over: threading.Event) -> None:
     while not over.is_set():
         with suppress(TimeoutError):
             sender.sendto(bytes(1400), (OUTSIDE[0], 5001))
+
+
+def _packets(table: str) -> list[int]:
+    """What the counters of a table have counted."""
+    listed = json.loads(run("nft", "--json", "list", "table", "inet", table))["nftables"]
+    expressions = [expression for entry in listed for expression in entry.get("rule", {}).get("expr", [])]
+    return [expression["counter"]["packets"] for expression in expressions if "counter" in expression]
 
 
 def _links(root: Root, letter: str) -> list[str]:
