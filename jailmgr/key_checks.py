@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, ip_address
 import msgspec
 
 from jailmgr.errors import JailmgrError
-from jailmgr.units import parse_allowance, parse_percent, parse_rate, parse_size
+from jailmgr.units import parse_allowance, parse_bit_rate, parse_percent, parse_rate, parse_size
 
 Check = Callable[[str], None]
 
@@ -90,6 +90,10 @@ def allowance(text: str) -> None:
 
 def rate(text: str) -> None:
     parse_rate(text)
+
+
+def bit_rate(text: str) -> None:
+    parse_bit_rate(text)
 
 
 def free_text(text: str) -> None:

@@ -1,13 +1,13 @@
 """The configuration keys and devices a jail takes: what each may hold, and whether it takes effect on a running jail.
 
 Names and meanings are LXD's and Incus's own ("Instance options", "Devices" in their documentation); `restart` and
-`limits.disk` are ours. A key is listed here once it does something.
+`limits.disk` are ours, and so are the short names of `SHORT`. A key is listed here once it does something.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import (
@@ -15,6 +15,7 @@ from jailmgr.key_checks import (
     Key,
     allowance,
     at_least,
+    bit_rate,
     check_value,
     endpoint,
     free_text,
@@ -28,7 +29,7 @@ from jailmgr.key_checks import (
     truth,
     whole,
 )  # fmt: skip
-from jailmgr.units import parse_size
+from jailmgr.units import parse_bit_rate, parse_size
 
 Config = dict[str, str]
 Devices = dict[str, dict[str, str]]
@@ -60,6 +61,8 @@ CONFIG: dict[str, Key] = {
     ),
     "limits.cpu.priority": Key(whole(0, 10), True, "Priority against jails of the same share under load; 10 the most."),
     "limits.disk": Key(at_least(DISK_MIN), True, "Bytes the jail's volume may take: the root device's `size`."),
+    "limits.egress": Key(bit_rate, True, "Bits a second the jail may send: the `limits.egress` of its first NIC."),
+    "limits.ingress": Key(bit_rate, True, "Bits a second the jail may receive: the `limits.ingress` of its first NIC."),
     "limits.memory": Key(at_least(MEMORY_MIN), True, "Bytes of memory, page cache included."),
     "limits.memory.min": Key(
         at_least(1), True, "Bytes of it that are not taken for other jails of the tenant; on cgroup v2."
@@ -90,6 +93,9 @@ DEVICES: dict[str, dict[str, Key]] = {
         "network": Key(label, False, "The tenant's network it is attached to."),
         "name": Key(one_of("eth0"), False, "The interface's name in the jail."),
         "ipv4.address": Key(ipv4, False, "Its IPv4 address; one is chosen where none is given."),
+        "limits.ingress": Key(bit_rate, True, "Bits a second the jail may receive, headers included: `10Mbit`."),
+        "limits.egress": Key(bit_rate, True, "The same for what it sends."),
+        "limits.max": Key(bit_rate, True, "Both `limits.ingress` and `limits.egress`."),
     },
     "proxy": {
         "listen": Key(endpoint, True, "Where the host listens: `tcp:0.0.0.0:8080`."),
@@ -98,6 +104,13 @@ DEVICES: dict[str, dict[str, Key]] = {
     },
 }
 """Keys of each type of device, besides `type`."""
+
+SHORT: dict[str, tuple[str, str, Callable[[str], int]]] = {
+    "limits.disk": ("root", "size", parse_size),
+    "limits.ingress": ("eth0", "limits.ingress", parse_bit_rate),
+    "limits.egress": ("eth0", "limits.egress", parse_bit_rate),
+}
+"""Configuration keys that stand for a device's: the device, its key, and the number that a value is."""
 
 FIXED = {"root": "disk", "eth0": "nic"}
 """Devices every jail has; more of their types are refused."""
@@ -170,18 +183,19 @@ def device_type(name: str, device: Mapping[str, str]) -> str:
 
 
 def fold(config: Mapping[str, str], devices: Mapping[str, Mapping[str, str]]) -> tuple[Config, Devices]:
-    """Short names put where they belong (`limits.disk` is root's `size`), types said, all checked."""
+    """Short names put where they belong (`SHORT`: `limits.disk` is root's `size`), types said, all checked."""
     check_config(config)
     check_devices(devices)
     folded = {name: {"type": device_type(name, device), **device} for name, device in devices.items()}
     rest = dict(config)
-    if (size := rest.pop("limits.disk", None)) is not None:
-        root = folded.setdefault("root", {"type": "disk"})
-        if "size" in root and parse_size(root["size"]) != parse_size(size):
-            raise JailmgrError(
-                f"limits.disk={size}", f"root's size says {root['size']}", "Give one of the two.", "invalid"
-            )
-        root["size"] = size
+    for short, (name, key, number) in SHORT.items():
+        if (value := rest.pop(short, None)) is None:
+            continue
+        device = folded.setdefault(name, {"type": FIXED[name]})
+        if key in device and number(device[key]) != number(value):
+            why = f"{name}'s {key} says {device[key]}"
+            raise JailmgrError(f"{short}={value}", why, "Give one of the two.", "invalid")
+        device[key] = value
     return rest, folded
 
 

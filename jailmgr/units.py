@@ -9,6 +9,14 @@ _FACTOR = {"": 1, "B": 1} | {
     for tail, base in (("B", 1000), ("iB", 1024))
 }
 _FACTOR["KiB"] = _FACTOR.pop("kiB")
+_BITS = {"": 1, "bit": 1} | {
+    f"{prefix}{tail}": base**power
+    for power, prefix in enumerate("kMGT", 1)
+    for tail, base in (("bit", 1000), ("ibit", 1024))
+}
+_BITS["Kibit"] = _BITS.pop("kibit")
+BITS_MIN, BITS_MAX = 8000, 10**12
+"""Bits a second: at less than the least a full frame would take more than a second and a half."""
 _ALLOWANCE = r"(\d+)ms/(\d+)ms\Z"
 
 
@@ -86,3 +94,20 @@ def parse_rate(text: str) -> tuple[int | None, int | None]:
     elif (size := parse_size(text)) >= 1:
         return size, None
     raise ValueError(f"{text!r} is not a rate (such as 20MiB, for a second, or 500iops)")
+
+
+def parse_bit_rate(text: str) -> int:
+    """Bits a second of LXD's `limits.ingress` and its like: `10Mbit`, `1.5Gbit`, `64Kibit` or `8000`; else ValueError.
+
+    Units are LXD's: bit kbit Mbit Gbit Tbit (powers of 1000) and Kibit Mibit Gibit Tibit (of 1024).
+    """
+    import re
+
+    match = re.match(_SIZE, text.strip(), re.ASCII)
+    factor = _BITS.get(match[2]) if match else None
+    if match is None or factor is None or len(match[1]) > 20:
+        raise ValueError(f"{text!r} is not a rate (bits a second, or a number with kbit, Mbit, Gbit, Kibit or Mibit)")
+    rate = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if not BITS_MIN <= rate <= BITS_MAX:
+        raise ValueError(f"{text!r} is not between 8kbit and 1Tbit a second")
+    return rate

@@ -14,7 +14,11 @@ from jailmgr.cli.output import fields, remark, show
 from jailmgr.cli.request import split_device, split_keys
 from jailmgr.cli.settings import Settings, split_name
 
-ALIASES = {"limits.disk": "root.size"}
+ALIASES = {
+    "limits.disk": "root.size",
+    "limits.ingress": "eth0.limits.ingress",
+    "limits.egress": "eth0.limits.egress",
+}
 """Short names of a device's key."""
 
 

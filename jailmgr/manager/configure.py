@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import msgspec
 
 from jailmgr.errors import JailmgrError
-from jailmgr.keys import check_name, find_key, fold, is_live
-from jailmgr.manager import networks
+from jailmgr.keys import DEVICES, FIXED, SHORT, check_name, find_key, fold, is_live
+from jailmgr.manager import networks, shaping
 from jailmgr.manager.admission import admit, check_restricted
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
@@ -20,6 +20,7 @@ from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
+from jailmgr.network.shaping import rates_of_jail
 from jailmgr.runtime import cgroups
 from jailmgr.storage.volume import rename_volume, resize_volume
 from jailmgr.store import RENAMING, Row
@@ -51,6 +52,9 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
                 undo.callback(write_bundle, m, old)
                 write_bundle(m, new)
                 _apply_ports(m, old, new, undo)
+            if rates_of_jail(old) != rates_of_jail(new):
+                undo.callback(shaping.apply, m, old)
+                shaping.apply(m, new)
             undo.pop_all()
     return waiting(old, new) if runs else []
 
@@ -61,8 +65,9 @@ def changed(jail: Jail, config: ConfigChanges, devices: DeviceChanges) -> Jail:
     places = {name: dict(device) for name, device in jail.devices.items()}
     for key, value in config.items():
         find_key(key)
-        if key == "limits.disk":
-            _merge(places.setdefault("root", {"type": "disk"}), {"size": value})
+        if key in SHORT:
+            device, of_device, _ = SHORT[key]
+            _merge(places.setdefault(device, {"type": FIXED[device]}), {of_device: value})
         elif value is None:
             values.pop(key, None)
         else:
@@ -91,7 +96,9 @@ def waiting(old: Jail, new: Jail) -> list[str]:
 
 
 def _nic(jail: Jail) -> dict[str, str]:
-    return {key: value for key, value in jail.devices.get("eth0", {}).items() if key != "type"}
+    """Of its NIC, what can't be changed while it runs."""
+    keys = DEVICES["nic"]
+    return {key: value for key, value in jail.devices.get("eth0", {}).items() if key in keys and not keys[key].live}
 
 
 def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:

@@ -12,8 +12,9 @@ import msgspec
 from jailmgr.config import Root
 from jailmgr.manager import lxcfs
 from jailmgr.manager.host import BUILD_TENANT, Manager
-from jailmgr.network import bridge, dns, firewall
+from jailmgr.network import bridge, dns, firewall, shaping
 from jailmgr.runtime import cgroups, netlink
+from jailmgr.runtime.shaping import DIRECTIONS
 from jailmgr.runtime.state import engine_runs, load_state, read_state, remove_state, running_jails
 from jailmgr.storage.pool import is_open, open_pool
 from jailmgr.storage.volume import delete_volume, half_deleted, list_builds, list_volumes
@@ -86,6 +87,7 @@ def _of_host(root: Root, store: Store, alive: set[tuple[str, str]]) -> Iterator[
     for name in bridge.list_bridges(root):
         if idle or name not in names:
             yield Leftover(f"bridge {name}", partial(bridge.remove_bridge, root, name))
+    yield from _queues(root, store, idle)
     for ident in dns.list_dns(root):
         if idle or ident not in networks:
             yield Leftover(f"DNS server of network {ident}", partial(dns.stop_dns, root, ident))
@@ -99,6 +101,14 @@ def _of_host(root: Root, store: Store, alive: set[tuple[str, str]]) -> Iterator[
             if load_state(root.tenant_run(tenant), jail) is not None and read_state(root, tenant, jail) is None:
                 path = root.tenant_run(tenant)
                 yield Leftover(f"state of {tenant}/{jail}, which has ended", partial(remove_state, path, jail))
+
+
+def _queues(root: Root, store: Store, idle: bool) -> Iterator[Leftover]:
+    tenants = store.tenants() if os.path.exists(root.store) else []
+    needed = {shaping.ifb_name(root, tenant.id, direction) for tenant in tenants for direction in DIRECTIONS}
+    for name in bridge.list_ifbs(root):
+        if idle or name not in needed:
+            yield Leftover(f"queues on {name}", partial(shaping.remove, root, name))
 
 
 def _groups(root: Root, alive: set[tuple[str, str]], engine: bool) -> Iterator[Leftover]:

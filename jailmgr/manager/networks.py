@@ -9,6 +9,7 @@ from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import near_miss
 from jailmgr.keys import Devices
+from jailmgr.manager import shaping
 from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
@@ -91,6 +92,7 @@ def up(m: Manager, jail: Jail) -> None:
     with m.network_lock:
         for port in ports_of(jail):
             _claim_port(m, port)
+        shaped = shaping.up(m, jail)
         for nic in jail.nics:
             network = _of(m, jail, nic)
             fresh = not _is_up(m, network)
@@ -102,6 +104,8 @@ def up(m: Manager, jail: Jail) -> None:
             else:
                 try:
                     firewall.add_jail(m.root, network, nic, ports_of(jail))
+                    if shaped:
+                        firewall.hold_to_queue(m.root, [nic.veth])
                 except NftError as error:
                     if not error.missing:
                         raise
@@ -140,12 +144,17 @@ def _port_key(port: Port) -> str:
 
 
 def follow(m: Manager, tenant: str, name: str) -> None:
-    """Published ports of a jail that has just been started or has ended lead to it, or nowhere."""
+    """Published ports of a jail that has just been started or has ended lead to it, or nowhere; so do its queues."""
     row = m.store.find_row(tenant, name)
-    if row is None or not ports_of(row.jail):
+    if row is None:
+        return
+    runs = read_state(m.root, tenant, name) is not None
+    if runs:
+        shaping.follow(m, row.jail)
+    if not ports_of(row.jail):
         return
     with m.network_lock:
-        if read_state(m.root, tenant, name) is None:
+        if not runs:
             unpublish(m, row.jail)
         else:
             for port in ports_of(row.jail):
@@ -153,8 +162,9 @@ def follow(m: Manager, tenant: str, name: str) -> None:
 
 
 def forget(m: Manager, jail: Jail) -> None:
-    """Take a jail's elements out of the rules and its name out of DNS; fine where they never were there."""
+    """Take away a jail's elements in the rules, its name in DNS and its queues; fine where they never were there."""
     with m.network_lock:
+        shaping.forget(m, jail)
         for nic in jail.nics:
             network = m.store.find_network(jail.tenant, nic.network)
             if network is not None:
@@ -182,12 +192,14 @@ def apply_firewall(m: Manager, also: Jail | None = None) -> None:
         ports += [(networks[jail.tenant, nic.network], nic) for nic in jail.nics]
         if jail.nics and ((also and jail.id == also.id) or read_state(m.root, jail.tenant, jail.name)):
             published += [(port, jail.nics[0]) for port in ports_of(jail)]
-    firewall.apply_all(m.root, list(networks.values()), ports, published)
+    shaped = shaping.shaped_veths(m, jails)
+    firewall.apply_all(m.root, list(networks.values()), ports, published, shaped)
 
 
 def take_down(m: Manager) -> None:
-    """Remove every bridge, rule and DNS server of ours from the host. No jail runs."""
+    """Remove every bridge, rule, queue and DNS server of ours from the host. No jail runs."""
     with m.network_lock:
+        shaping.take_down(m)
         for network in m.store.networks():
             dns.stop_dns(m.root, network.id)
             bridge.remove_network(m.root, network)

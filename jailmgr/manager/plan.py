@@ -19,6 +19,7 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
+from jailmgr.network.shaping import shape_of
 from jailmgr.runtime import seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
@@ -144,6 +145,8 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
     image = m.store.find_image(jail.image)
     if image is None:
         raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
+    tenant = m.store.tenant(jail.tenant)
+    shape = shape_of(m.root, tenant, jail)
     variables = {
         key.removeprefix("environment."): value for key, value in jail.config.items() if key.startswith("environment.")
     }
@@ -151,7 +154,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         tenant=jail.tenant,
         jail=jail.name,
         hostname=jail.name,
-        uid=m.store.tenant(jail.tenant).uid,
+        uid=tenant.uid,
         idmap_base=jail.idmap_base,
         cgroup=cgroup_of(m.root, jail.tenant, jail.name),
         lower=f"{m.root.image(jail.image)}/rootfs",
@@ -162,7 +165,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         stop_signal=image.recipe.stop_signal,
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
-        nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic) for nic in jail.nics],
+        nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic, shape) for nic in jail.nics],
         limits=kernel_limits(m, jail)._replace(cpus=cpus_for(m, jail)),
         seccomp=seccomp_filter(m.root),
         apparmor=ensure_profile(m.root),
@@ -179,8 +182,8 @@ def _network(m: Manager, tenant: str, nic: Nic) -> Network:
     return network
 
 
-def nic_plan(root: Root, network: Network, nic: Nic) -> dict[str, Any]:
-    """A NIC as netlink.attach takes it."""
+def nic_plan(root: Root, network: Network, nic: Nic, shape: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    """A NIC as netlink.attach takes it; with `shape`, if there is one, for shaping.attach."""
     gateway4, _, length4 = network.ipv4.partition("/")
     gateway6, _, length6 = network.ipv6.partition("/")
     return {
@@ -191,6 +194,7 @@ def nic_plan(root: Root, network: Network, nic: Nic) -> dict[str, Any]:
         "mtu": uplink_mtu(),
         "addresses": [f"{nic.ipv4}/{length4}", f"{nic.ipv6}/{length6}"],
         "gateways": [gateway4, gateway6],
+        **({"shape": shape} if shape else {}),
     }
 
 

@@ -18,8 +18,10 @@ from jailmgr.manager.admission import admit_totals
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
 from jailmgr.manager.networks import claim_key, take_down_one
 from jailmgr.manager.plan import tenant_limits
+from jailmgr.manager.shaping import apply_tenant_rates, take_down_tenant
 from jailmgr.manager.totals import change_totals, group_of, rewrite_bundles
 from jailmgr.model import Tenant
+from jailmgr.network.shaping import rates_of
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import forget_tenant
@@ -80,9 +82,13 @@ def set_tenant(m: Manager, name: str, changes: Mapping[str, str | None]) -> Tena
                 m.store.set_tenant_config(name, config)
                 admit_totals(m, new)
             undo.callback(rewrite_bundles, m, new, old)
+            if rates := rates_of(old.config) != rates_of(new.config):
+                undo.callback(apply_tenant_rates, m, name)
             undo.callback(m.store.set_tenant_config, name, old.config)
             change_totals(m, old, new, undo)
             rewrite_bundles(m, old, new)
+            if rates:
+                apply_tenant_rates(m, name)
             undo.pop_all()
     return new
 
@@ -107,6 +113,7 @@ def delete_tenant(m: Manager, name: str) -> None:
     networks = m.store.networks(name)
     for network in networks:
         take_down_one(m, network)
+    take_down_tenant(m, tenant)
     m.store.remove_tenant(name)
     m.claimed.discard(f"uid/{name}")
     m.totals.pop(name, None)

@@ -70,6 +70,11 @@ def list_veths(root: Root) -> list[str]:
     return _list(f"{root.link_prefix}v", "veth")
 
 
+def list_ifbs(root: Root) -> list[str]:
+    """The devices of this instance that have tenants' queues (shaping.py)."""
+    return [name for letter in "ei" for name in _list(f"{root.link_prefix}{letter}", "ifb")]
+
+
 def uplink_mtu() -> int:
     """The MTU for jails: that of the host's way out, from 1280 (RFC 8200, 5) to 1500; 1500 where it has none.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from jailmgr.config import Root
@@ -23,17 +23,23 @@ Element = tuple[str, str, Any]
 
 
 def apply_all(
-    root: Root, networks: list[Network], nics: list[tuple[Network, Nic]], published: list[tuple[Port, Nic]]
+    root: Root,
+    networks: list[Network],
+    nics: list[tuple[Network, Nic]],
+    published: list[tuple[Port, Nic]],
+    shaped: Collection[str] = (),
 ) -> None:
     """Makes both tables say this and no more, in one transaction. Raises JailmgrError.
 
-    `nics`: those of running jails, each with its network; `published`: their ports, each with the nic it leads to.
+    `nics`: those of running jails, each with its network; `published`: their ports, each with the nic it leads to;
+    `shaped`: the veths that `hold_to_queue` is for.
     """
     elements = [_bridge_element(root, network) for network in networks]
     for _, nic in nics:
         elements += _nic_elements(nic)
     for port, nic in published:
         elements += _port_elements(port, nic)
+    elements += map(_shaped_element, shaped)
     state = rules.frame(root) + _commands("add", root, elements)
     try:
         nft.run_text(rules.declarations(root))
@@ -79,6 +85,19 @@ def publish(root: Root, port: Port, nic: Nic) -> None:
 def unpublish(root: Root, port: Port, nic: Nic) -> None:
     """Connections that are open stay so. Fine where it is not published. Raises JailmgrError."""
     _remove(root, _port_elements(port, nic))
+
+
+def hold_to_queue(root: Root, veths: Collection[str]) -> None:
+    """Drops from now on what these ports bring that has not been in a queue of ours. Idempotent.
+
+    Raises JailmgrError; nft.NftError with `missing` where the tables are gone: `apply_all` brings them back.
+    """
+    _add(root, list(map(_shaped_element, veths)))
+
+
+def let_from_queue(root: Root, veths: Collection[str]) -> None:
+    """Takes that back; fine where it wasn't done. Raises JailmgrError."""
+    _remove(root, list(map(_shaped_element, veths)))
 
 
 def remove_all(root: Root) -> None:
@@ -141,6 +160,10 @@ def _nic_elements(nic: Nic) -> list[Element]:
         *(("bridge", "ipv6", {"concat": [nic.veth, address]}) for address in own6),
         *(("bridge", "targets", {"concat": [nic.veth, hex(int(ipaddress.IPv6Address(address)))]}) for address in own6),
     ]
+
+
+def _shaped_element(veth: str) -> Element:
+    return "bridge", "shaped", veth
 
 
 def _port_elements(port: Port, nic: Nic) -> list[Element]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from jailmgr.config import Root
+from jailmgr.runtime.shaping import MARK
 
 Json = dict[str, Any]
 
@@ -17,6 +18,8 @@ DNS, DHCP_SERVER, DHCP_CLIENT, DHCP6_SERVER = 53, 67, 68, 547
 
 SETS = {
     ("inet", "bridges"): "type ifname . ifname",
+    # Ports all of whose packets come by way of a queue (runtime/shaping.py).
+    ("bridge", "shaped"): "type ifname",
     ("bridge", "macs"): "type ifname . ether_addr",
     ("bridge", "ipv4"): "type ifname . ipv4_addr",
     ("bridge", "ipv6"): "type ifname . ipv6_addr",
@@ -132,6 +135,8 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
     }
     return [
         ("prerouting", (_is(_meta("iifname"), ours, "!="), _ACCEPT)),
+        ("prerouting", (_is(_meta("iifname"), "@shaped"), _is(_meta("mark"), MARK, "!="), _DROP)),
+        ("prerouting", (_is(_meta("mark"), MARK), _set("priority", 0), _set("mark", 0))),
         ("prerouting", (_not_own(_payload("ether", "saddr"), "macs"), _DROP)),
         ("prerouting", ({"vmap": {"key": _payload("ether", "type"), "data": jumps}},)),
         ("prerouting", (_DROP,)),
@@ -180,6 +185,10 @@ _DROP: Json = {"drop": None}
 
 def _is(left: Json, right: Any, op: str = "==") -> Json:
     return {"match": {"op": op, "left": left, "right": right}}
+
+
+def _set(key: str, value: int) -> Json:
+    return {"mangle": {"key": _meta(key), "value": value}}
 
 
 def _not_own(field: Json, name: str) -> Json:

@@ -87,7 +87,7 @@ def counters(veth: str) -> tuple[int, int]:
     """Bytes the jail has received and sent, by the host's end of its veth pair; (0, 0) where there is none."""
     try:
         with RouteSocket() as here:
-            (reply,) = here.ask(message(RTM_GETLINK, 0, _ifinfomsg() + _name(veth)))
+            (reply,) = here.ask(message(RTM_GETLINK, 0, ifinfomsg() + _name(veth)))
     except OSError as error:
         if error.errno == errno.ENODEV:
             return 0, 0
@@ -160,7 +160,7 @@ def addresses(interface: str) -> tuple[bool, set[str]]:
     """Whether an interface is up, and its addresses, as `10.1.2.1/24`; False and none where it is not there."""
     with RouteSocket() as here:
         try:
-            (link,) = here.ask(message(RTM_GETLINK, 0, _ifinfomsg() + _name(interface)))
+            (link,) = here.ask(message(RTM_GETLINK, 0, ifinfomsg() + _name(interface)))
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return False, set()
@@ -177,7 +177,7 @@ def addresses(interface: str) -> tuple[bool, set[str]]:
 def mtu(index: int) -> int:
     """MTU of an interface, in bytes. Raises OSError."""
     with RouteSocket() as here:
-        (link,) = here.ask(message(RTM_GETLINK, 0, _ifinfomsg(index)))
+        (link,) = here.ask(message(RTM_GETLINK, 0, ifinfomsg(index)))
     (found,) = struct.unpack("=I", dict(_attributes(link[16:]))[IFLA_MTU])
     return int(found)
 
@@ -223,13 +223,13 @@ def _create(here: RouteSocket, nic: dict[str, Any], netns_fd: int) -> None:
     peer = _name(str(nic["name"])) + mtu + queues + attribute(IFLA_NET_NS_FD, struct.pack("=I", netns_fd))
     peer += attribute(IFLA_ADDRESS, bytes.fromhex(str(nic["mac"]).replace(":", "")))
     kind = attribute(IFLA_INFO_KIND, b"veth") + attribute(
-        IFLA_INFO_DATA | NLA_F_NESTED, attribute(VETH_INFO_PEER | NLA_F_NESTED, _ifinfomsg() + peer)
+        IFLA_INFO_DATA | NLA_F_NESTED, attribute(VETH_INFO_PEER | NLA_F_NESTED, ifinfomsg() + peer)
     )
     bridge = attribute(IFLA_MASTER, struct.pack("=I", _socket.if_nametoindex(str(nic["bridge"]))))
     create = message(
         RTM_NEWLINK,
         NLM_F_CREATE | NLM_F_EXCL,
-        _ifinfomsg() + _name(veth) + mtu + queues + bridge + attribute(IFLA_LINKINFO | NLA_F_NESTED, kind),
+        ifinfomsg() + _name(veth) + mtu + queues + bridge + attribute(IFLA_LINKINFO | NLA_F_NESTED, kind),
     )
     try:
         here.ask(create)
@@ -242,9 +242,9 @@ def _raise_port(here: RouteSocket, veth: str) -> None:
     """The host's end up and without IPv6 of its own: the address mode first, since going up makes an address."""
     mode = attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
     spec = attribute(IFLA_AF_SPEC | NLA_F_NESTED, attribute(AF_INET6 | NLA_F_NESTED, mode))
-    here.ask(message(RTM_SETLINK, 0, _ifinfomsg() + _name(veth) + spec))
+    here.ask(message(RTM_SETLINK, 0, ifinfomsg() + _name(veth) + spec))
     guard_loopback(here, _socket.if_nametoindex(veth))
-    here.ask(message(RTM_SETLINK, 0, _ifinfomsg(up=True) + _name(veth)))
+    here.ask(message(RTM_SETLINK, 0, ifinfomsg(up=True) + _name(veth)))
 
 
 def guard_loopback(here: RouteSocket, index: int) -> bool:
@@ -258,11 +258,11 @@ def guard_loopback(here: RouteSocket, index: int) -> bool:
     where = 1 << 16 | _socket.htons(ETH_P_IP)
     try:
         here.ask(
-            message(RTM_NEWQDISC, NLM_F_CREATE, _tcmsg(index, CLSACT_HANDLE, CLSACT, 0, b"clsact")),
+            message(RTM_NEWQDISC, NLM_F_CREATE, tcmsg(index, CLSACT_HANDLE, CLSACT, 0, b"clsact")),
             message(
                 RTM_NEWTFILTER,
                 NLM_F_CREATE,
-                _tcmsg(index, 1, CLSACT_INGRESS, where, b"bpf") + attribute(TCA_OPTIONS, options),
+                tcmsg(index, 1, CLSACT_INGRESS, where, b"bpf") + attribute(TCA_OPTIONS, options),
             ),
         )
     except OSError as error:
@@ -274,18 +274,18 @@ def guard_loopback(here: RouteSocket, index: int) -> bool:
 
 def unguard_loopback(here: RouteSocket, index: int) -> None:
     """Takes `guard_loopback` back. Raises OSError."""
-    here.ask(message(RTM_DELQDISC, 0, _tcmsg(index, CLSACT_HANDLE, CLSACT, 0, b"clsact")))
+    here.ask(message(RTM_DELQDISC, 0, tcmsg(index, CLSACT_HANDLE, CLSACT, 0, b"clsact")))
 
 
 def _configure(there: RouteSocket, nic: dict[str, Any]) -> None:
     """Loopback and interface up, addresses, default routes, in the namespace of `there`."""
-    (reply,) = there.ask(message(RTM_GETLINK, 0, _ifinfomsg() + _name(str(nic["name"]))))
+    (reply,) = there.ask(message(RTM_GETLINK, 0, ifinfomsg() + _name(str(nic["name"]))))
     (index,) = struct.unpack_from("=i", reply, 4)
     addresses = [*map(str, nic["addresses"]), f"{link_local(str(nic['mac']))}/64"]
     there.ask(
-        message(RTM_NEWLINK, 0, _ifinfomsg(LOOPBACK_INDEX, up=True)),
+        message(RTM_NEWLINK, 0, ifinfomsg(LOOPBACK_INDEX, up=True)),
         *(_address(index, address) for address in addresses),
-        message(RTM_NEWLINK, 0, _ifinfomsg(index, up=True)),
+        message(RTM_NEWLINK, 0, ifinfomsg(index, up=True)),
         *(_route(index, str(gateway)) for gateway in nic["gateways"]),
     )
 
@@ -315,7 +315,7 @@ def _route(index: int, gateway: str) -> bytes:
 
 def _delete(here: RouteSocket, veth: str) -> None:
     try:
-        here.ask(message(RTM_DELLINK, 0, _ifinfomsg() + _name(veth)))
+        here.ask(message(RTM_DELLINK, 0, ifinfomsg() + _name(veth)))
     except OSError as error:
         # The kernel may have taken it along with its peer's namespace, between a look and now.
         if error.errno != errno.ENODEV:
@@ -327,12 +327,14 @@ def message(kind: int, flags: int, body: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body
 
 
-def _ifinfomsg(index: int = 0, up: bool = False) -> bytes:
+def ifinfomsg(index: int = 0, up: bool = False) -> bytes:
+    """struct ifinfomsg; with `up`, the interface is to go up."""
     flags = IFF_UP if up else 0
     return struct.pack("=BxHiII", 0, 0, index, flags, flags)
 
 
-def _tcmsg(index: int, handle: int, parent: int, info: int, kind: bytes) -> bytes:
+def tcmsg(index: int, handle: int, parent: int, info: int, kind: bytes) -> bytes:
+    """struct tcmsg and TCA_KIND; `info` is of filters: preference << 16 | protocol in network order."""
     return struct.pack("=BxxxiIII", 0, index, handle, parent, info) + attribute(TCA_KIND, kind + b"\0")
 
 

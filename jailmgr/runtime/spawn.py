@@ -17,7 +17,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, rootfs
+from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, rootfs, shaping
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -133,6 +133,8 @@ def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
         try:
             for nic in bundle.nics:
                 netlink.attach(nic, netns)
+                if "shape" in nic:
+                    shaping.attach(nic["veth"], nic["shape"])
         finally:
             os.close(netns)
 

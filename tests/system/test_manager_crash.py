@@ -37,8 +37,8 @@ print("open", flush=True)
 for number in itertools.count():
     name, port = f"k{number % 3}", 7000 + number % 3
     proxy = {"type": "proxy", "listen": f"tcp:0.0.0.0:{port}", "connect": "tcp:127.0.0.1:80"}
-    launch(m, "default", name, "busybox", {}, {"web": proxy})
-    configure(m, "default", name, {"limits.memory": "80MiB"}, {"web": None})
+    launch(m, "default", name, "busybox", {"limits.egress": "8Mbit"}, {"web": proxy})
+    configure(m, "default", name, {"limits.memory": "80MiB", "limits.egress": None}, {"web": None})
     stop(m, "default", name, force=True)
     rename(m, "default", name, f"{name}x")
     delete(m, "default", f"{name}x")

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from jailmgr.errors import JailmgrError
-from jailmgr.model import Network, Nic, Port
-from jailmgr.network import bridge, firewall, nft
+from jailmgr.model import Network, Nic, Port, Tenant
+from jailmgr.network import bridge, firewall, nft, shaping
 from jailmgr.runtime import netlink
+from jailmgr.runtime.shaping import attach, detach
 from tests.system import lan as world
 from tests.system.lan import HOST4, HOST6, OUTSIDE4, OUTSIDE6, Lan, Netns, ask, ethernet, refused, server
 from tests.system.netns import inside
@@ -173,7 +174,23 @@ def test_a_published_port_is_the_hosts_and_nobody_elses(lan: Lan, version: str) 
         assert ask(lan.b.netns, outside, 8080) == (HOST4 if version == "ipv4" else HOST6)
 
 
-def test_jails_cannot_reach_the_hosts_loopback(lan: Lan) -> None:
+@pytest.fixture(params=[False, True], ids=["", "shaped"])
+def perhaps_shaped(lan: Lan, request: pytest.FixtureRequest) -> Iterator[None]:
+    """What jail a sends comes by way of a queue, or not."""
+    tenant = Tenant(1, "default", 0.0, 1)
+    ifb = shaping.ifb_name(lan.root, tenant.id, "egress")
+    if request.param:
+        lan.host.run(shaping.set_tenant, lan.root, tenant, "egress")
+        lan.host.run(attach, lan.a.nic.veth, {"egress": (ifb, 0x10002)})
+        with server(lan.outside, OUTSIDE4, 8085):
+            assert ask(lan.a.netns, OUTSIDE4, 8085) == HOST4
+        assert " 0 pkt" not in lan.host.run(world.checked, ["tc", "-s", "qdisc", "show", "dev", ifb]).splitlines()[1]
+    yield
+    lan.host.run(detach, lan.a.nic.veth, ["egress"])
+    lan.host.run(shaping.remove, lan.root, ifb)
+
+
+def test_jails_cannot_reach_the_hosts_loopback(lan: Lan, perhaps_shaped: None) -> None:
     """Neither with our tables nor when somebody has flushed them: `route_localnet` is behind a filter of its own."""
     name = bridge.bridge_name(lan.root, lan.first.id)
     packet = world.udp4(lan.a.nic.ipv4, "127.0.0.1", b"in", (7, 2222))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +14,8 @@ from tests.system.netns import inside
 
 WITHIN = 5.0
 """Seconds for what should come."""
+MEASURED = 1.0
+"""Seconds for which what comes is counted."""
 NOTHING_WITHIN = 1.0
 """Seconds after which nothing will come."""
 
@@ -77,3 +81,50 @@ def refuses(netns: int, address: str, port: int) -> bool:
         except OSError:
             return True
     return False
+
+
+def megabits(
+    asker: int, answerer: int, address: str, port: int = 5001, *, receives: bool = False, priority: int | None = None
+) -> float:
+    """Megabits a second of payload that TCP brings from one network namespace to another; with `receives`, back.
+
+    `priority`: the sender's SO_PRIORITY.
+    """
+    with bound(answerer, socket.SOCK_STREAM, port) as listener:
+        with inside(asker):
+            asking = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        with asking:
+            asking.settimeout(WITHIN)
+            asking.connect((address, port))
+            answering, _ = listener.accept()
+            with answering:
+                sender, receiver = (answering, asking) if receives else (asking, answering)
+                if priority is not None:
+                    sender.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+                return _received(sender, receiver)
+
+
+def _received(sender: socket.socket, receiver: socket.socket) -> float:
+    sending = threading.Thread(target=_send, args=(sender,))
+    sending.start()
+    try:
+        receiver.settimeout(WITHIN)
+        began, count = time.monotonic(), 0
+        while (taken := time.monotonic() - began) < MEASURED:
+            count += len(receiver.recv(1 << 20))
+        return count * 8 / taken / 1e6
+    finally:
+        # Sends that wait for room fail at once, and so does the next one.
+        sender.shutdown(socket.SHUT_RDWR)
+        receiver.shutdown(socket.SHUT_RDWR)
+        sending.join()
+
+
+def _send(sender: socket.socket) -> None:
+    sender.settimeout(WITHIN)
+    block = bytes(65536)
+    try:
+        while True:
+            sender.sendall(block)
+    except OSError:
+        return

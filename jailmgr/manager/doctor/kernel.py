@@ -21,6 +21,8 @@ MODULES = {
     "veth": "a jail's interface",
     "bridge": "a tenant's network",
 }
+TRAFFIC = {"ifb": "ifb", "sch_htb": "htb", "cls_bpf": "cls_bpf", "act_mirred": "tcf_mirred"}
+"""What rates of NICs and tenants need: modules, and how their symbols begin where they are built in."""
 BOOT_V2 = "Boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 on /sys/fs/cgroup."
 CONTROLLERS = {
     "memory": "limits.memory",
@@ -59,6 +61,11 @@ def kernel_checks() -> list[Check]:
     for name, why in MODULES.items():
         there, detail = _module(name, release)
         found.append(check(name, there, detail if there else f"{detail}: {why}", f"modprobe {name}"))
+    lacking = [
+        name for name, symbol in TRAFFIC.items() if not (_module(name, release)[0] or _module(symbol, release)[0])
+    ]
+    detail = f"missing: {', '.join(lacking)}: rates of NICs and tenants are refused" if lacking else "all is there"
+    found.append(check("traffic control", not lacking, detail, f"modprobe -a {' '.join(lacking)}", "warning"))
     simple = version >= SQUOTA_MIN
     detail = (
         "btrfs counts by simple quotas" if simple else f"not in {release}: classic groups are used, which are slower"
