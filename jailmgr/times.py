@@ -35,11 +35,9 @@ def parse_time(text: str, now: float) -> float:
     part = match.groupdict()
     today = datetime.fromtimestamp(now).astimezone()
     try:
-        at = datetime(
-            *(int(part[name]) if part["year"] else getattr(today, name) for name in ("year", "month", "day")),
-            *(int(part[name] or 0) for name in ("hour", "minute", "second")),
-            tzinfo=_zone(part["zone"]),
-        )
+        year, month, day = (int(part[name] or getattr(today, name)) for name in ("year", "month", "day"))
+        hour, minute, second = (int(part[name] or 0) for name in ("hour", "minute", "second"))
+        at = datetime(year, month, day, hour, minute, second, tzinfo=_zone(part["zone"]))
         # Without an offset: as local time is on that day, not today.
         seconds = (at if at.tzinfo else at.astimezone()).timestamp()
     except (ValueError, OverflowError, OSError) as error:

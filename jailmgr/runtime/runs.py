@@ -199,9 +199,11 @@ def _parse(text: bytes) -> list[Run]:
     found = []
     for line in text.split(b"\n"):
         try:
-            run = Run(**json.loads(line))
+            told = json.loads(line)
+            run = Run(**told)
         except (ValueError, TypeError):
             continue
-        if isinstance(run.run, str) and all(value is None or isinstance(value, int | float) for value in run[1:]):
+        numbers = [value for name, value in told.items() if name != "run" and value is not None]
+        if isinstance(told["run"], str) and all(isinstance(value, int | float) for value in numbers):
             found.append(run)
     return found

@@ -50,7 +50,8 @@ def test_lines_that_were_cut_off_or_are_foreign_are_left_out(tmp_path: Path) -> 
 def test_a_file_taken_while_a_line_is_written_gets_it_in_one_of_the_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lib, write, found = str(tmp_path), os.write, []
+    lib, write = str(tmp_path), os.write
+    found: list[Run] = []
 
     def taken_meanwhile(fd: int, text: bytes) -> int:
         if not found:
