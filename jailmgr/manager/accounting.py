@@ -69,7 +69,8 @@ class Accountant:
     def __init__(self, m: Manager, every: float = SAMPLE_SECONDS) -> None:
         self._m = m
         self._every = every
-        self._store = UsageStore(m.root.usage)
+        self.path = m.root.usage
+        self._store = UsageStore(self.path)
         self._boot = host_boot_id()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
