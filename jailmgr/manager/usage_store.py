@@ -46,13 +46,13 @@ _ADD = (
 _TRACK = f"INSERT OR REPLACE INTO tracks VALUES (?, {', '.join('?' * len(Track._fields))})"
 # A bucket's share of a span is what lies in it of the time that the bucket tells of, not of the whole hour.
 _SHARE = "CASE WHEN last > first THEN (min(last, :until) - max(first, :since)) / (last - first) ELSE 1.0 END"
-_QUERY = (
-    "SELECT tenant_id, tenant, jail_id, jail, "
-    + ", ".join(f"sum({name} * {_SHARE})" for name in FIELDS)
-    + " FROM buckets JOIN subjects ON id = subject"
-    " WHERE hour BETWEEN :first_hour AND :last_hour AND first <= :until AND last >= :since"
-    " AND (:tenant IS NULL OR tenant = :tenant)"
-    " GROUP BY subject ORDER BY tenant, tenant_id, jail_id, max(hour), subject"
+_WITHIN = (
+    f"SELECT subject, max(hour), {', '.join(f'total({name})' for name in FIELDS)} FROM buckets"
+    " WHERE hour > :first_hour AND hour < :last_hour GROUP BY subject"
+)
+_AT_ITS_ENDS = (
+    f"SELECT subject, hour, {', '.join(f'{name} * {_SHARE}' for name in FIELDS)} FROM buckets"
+    " WHERE hour IN (:first_hour, :last_hour) AND first <= :until AND last >= :since"
 )
 
 log = logging.getLogger(__name__)
@@ -132,18 +132,23 @@ class UsageStore:
     def usage(self, tenant: str | None, since: float, until: float) -> list[UsageRecord]:
         """What was used between two times, by tenant; a bucket that lies partly between them by its share."""
         span = {"since": since, "until": until, "first_hour": int(since // HOUR), "last_hour": int(until // HOUR)}
+        used: dict[int, list[float]] = {}
+        last_hours: dict[int, int] = {}
         with self._opened() as db:
-            rows = db.execute(_QUERY, span | {"tenant": tenant}).fetchall()
-        tenants: dict[tuple[int, str], dict[int, JailUsage]] = {}
-        for tenant_id, name, jail_id, jail, *values in rows:
-            jails = tenants.setdefault((tenant_id, name), {})
-            found = _amounts(values)
-            if (renamed := jails.get(jail_id)) is not None:
-                found = [getattr(renamed, field) + value for field, value in zip(FIELDS, found, strict=True)]
-            jails[jail_id] = JailUsage(jail_id=jail_id, jail=jail, **dict(zip(FIELDS, found, strict=True)))
+            for subject, hour, *values in (*db.execute(_WITHIN, span), *db.execute(_AT_ITS_ENDS, span)):
+                used[subject] = [a + b for a, b in zip(used.get(subject, [0.0] * len(values)), values, strict=True)]
+                last_hours[subject] = max(hour, last_hours.get(subject, hour))
+            subjects = db.execute("SELECT id, tenant_id, tenant, jail_id, jail FROM subjects ORDER BY id").fetchall()
+        tenants: dict[tuple[str, int], dict[int, JailUsage]] = {}
+        # A jail that was renamed has several, of which the last tells its name.
+        for ident, *who in sorted((row for row in subjects if row[0] in used), key=lambda row: last_hours[row[0]]):
+            subject = Subject(*who)
+            if tenant in (None, subject.tenant):
+                jails = tenants.setdefault((subject.tenant, subject.tenant_id), {})
+                jails[subject.jail_id] = _with(jails.get(subject.jail_id), subject, used[ident])
         return [
-            UsageRecord(tenant_id=tenant_id, tenant=name, jails=list(jails.values()), **_totals(jails.values()))
-            for (tenant_id, name), jails in tenants.items()
+            UsageRecord(tenant_id=ident, tenant=name, jails=[jails[jail] for jail in sorted(jails)], **_totals(jails))
+            for (name, ident), jails in sorted(tenants.items())
         ]
 
     def _add(self, db: sqlite3.Connection, addition: Addition) -> None:
@@ -215,9 +220,15 @@ def _set_aside(path: str) -> str:
     return aside
 
 
-def _amounts(values: list[Any]) -> list[Any]:
-    return [value if name == "running_seconds" else round(value) for name, value in zip(FIELDS, values, strict=True)]
+def _with(jail: JailUsage | None, subject: Subject, values: list[float]) -> JailUsage:
+    """A jail's usage, with what it has used by this name."""
+    amounts: dict[str, Any] = {
+        name: value if name == "running_seconds" else round(value) for name, value in zip(FIELDS, values, strict=True)
+    }
+    if jail is not None:
+        amounts = {name: value + getattr(jail, name) for name, value in amounts.items()}
+    return JailUsage(jail_id=subject.jail_id, jail=subject.jail, **amounts)
 
 
-def _totals(jails: Iterable[JailUsage]) -> dict[str, Any]:
-    return {name: sum(getattr(jail, name) for jail in jails) for name in FIELDS}
+def _totals(jails: dict[int, JailUsage]) -> dict[str, Any]:
+    return {name: sum(getattr(jail, name) for jail in jails.values()) for name in FIELDS}
