@@ -87,13 +87,16 @@ class Accountant:
         with self._lock:
             self._store.close()
 
-    def sample(self) -> None:
-        """Count all jails up to now. Raises JailmgrError, OSError; what was not counted the next sample does."""
+    def sample(self, tenant: str | None = None) -> None:
+        """Count all jails, or a tenant's, up to now. Raises JailmgrError, OSError; the next sample makes up for it."""
         with self._lock:
-            jails = [row.jail for row in self._m.store.rows() if row.state != CREATING]
-            pool = self._m.pool_if_open
-            self._count(jails, committed_usage(pool) if pool is not None else None)
-            self._store.tidy({row.jail.id for row in self._m.store.rows()}, time.time())
+            rows, pool = self._m.store.rows(tenant), self._m.pool_if_open
+            self._count(
+                [row.jail for row in rows if row.state != CREATING],
+                committed_usage(pool) if pool is not None else None,
+            )
+            if tenant is None:
+                self._store.tidy({row.jail.id for row in rows}, time.time())
 
     def settle(self, jail: Jail) -> None:
         """Count a jail that is about to be deleted for the last time. What fails is logged: it goes all the same."""
@@ -109,7 +112,7 @@ class Accountant:
         """See usage()."""
         if since > until:
             raise JailmgrError("usage", "its span ends before it begins", "", "invalid")
-        self.sample()
+        self.sample(tenant)
         with self._lock:
             return self._store.usage(tenant, since, until)
 

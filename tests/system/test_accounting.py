@@ -115,29 +115,55 @@ def _pid(root: Root, name: str) -> int | None:
     return found.pid if found is not None else None
 
 
+def _talk(instance: Instance, netns: Netns, name: str, sent: int, received: int, then: str) -> None:
+    """Send and receive so many MiB from inside of a jail, and run a last command there the moment that is through."""
+    with bound(netns.outside, socket.SOCK_STREAM, PORT, OUTSIDE[0]) as listener:
+        script = f"head -c {sent * MIB} /dev/zero | nc {OUTSIDE[0]} {PORT} | wc -c; {then}"
+        with instance.popen("exec", name, "--", "/bin/sh", "-c", script) as talking:
+            listener.settimeout(30)
+            peer, _ = listener.accept()
+            with peer:
+                peer.settimeout(30)
+                left = sent * MIB
+                while left > 0:
+                    left -= len(peer.recv(65536))
+                peer.sendall(bytes(received * MIB))
+            talking.wait(60)
+
+
 def test_bytes_up_to_the_last_are_billed(instance: Instance, netns: Netns) -> None:
     """Init ends the moment the last byte is through, and its interface with it."""
     _launch(instance, "talks")
     kill(instance.engine_pid())
     for sent, received in ((1, 3), (2, 1)):
-        with bound(netns.outside, socket.SOCK_STREAM, PORT, OUTSIDE[0]) as listener:
-            talk = f"head -c {sent * MIB} /dev/zero | nc {OUTSIDE[0]} {PORT} | wc -c; reboot -f"
-            before = _pid(instance.root, "talks")
-            with instance.popen("exec", "talks", "--", "/bin/sh", "-c", talk) as talking:
-                listener.settimeout(30)
-                peer, _ = listener.accept()
-                with peer:
-                    peer.settimeout(30)
-                    got = 0
-                    while got < sent * MIB:
-                        got += len(peer.recv(65536))
-                    peer.sendall(bytes(received * MIB))
-                talking.wait(60)
+        before = _pid(instance.root, "talks")
+        _talk(instance, netns, "talks", sent, received, "reboot -f")
         until(lambda: _pid(instance.root, "talks") not in (None, before), 60, "it is back")  # noqa: B023
     with engine(instance.root) as m:
         found = used(m, "talks")
         assert 3 * MIB <= found.sent_bytes <= 3.5 * MIB, found
         assert 4 * MIB <= found.received_bytes <= 4.5 * MIB, found
+
+
+def test_a_guest_that_deletes_its_interface_takes_back_nothing_that_was_counted(
+    instance: Instance, netns: Netns
+) -> None:
+    _launch(instance, "hides")
+    kill(instance.engine_pid())
+    _talk(instance, netns, "hides", 1, 3, "true")
+    with engine(instance.root) as m:
+        before = used(m, "hides")
+        init = _pid(instance.root, "hides")
+        instance.sh("hides", "ip link delete eth0")
+        found = used(m, "hides")
+        assert (found.sent_bytes, found.received_bytes) == (before.sent_bytes, before.received_bytes)
+        instance.sh("hides", "reboot -f", status=None)
+        until(lambda: _pid(instance.root, "hides") not in (None, init), 60, "it is back")
+        _talk(instance, netns, "hides", 2, 1, "poweroff -f")
+        ended(instance.root, "hides")
+        found = used(m, "hides")
+    assert 3 * MIB <= found.sent_bytes <= 3.5 * MIB, found
+    assert 4 * MIB <= found.received_bytes <= 4.5 * MIB, found
 
 
 def test_a_run_that_ended_while_nobody_watched_is_billed(instance: Instance) -> None:
