@@ -99,12 +99,15 @@ class Accountant:
                 self._store.tidy({row.jail.id for row in rows}, time.time())
 
     def settle(self, jail: Jail) -> None:
-        """Count a jail that is about to be deleted for the last time. What fails is logged: it goes all the same."""
+        """Count a jail that is about to be deleted for the last time. What fails is logged: it goes all the same.
+
+        Nothing waits for the disk: the log is deleted after this, so a power cut may lose what it told, not double it.
+        """
         try:
             with self._lock:
                 pool = self._m.pool_if_open
                 held = volume_usage(pool, jail.id) if pool is not None else None
-                self._count([jail], None if held is None else {jail.id: held})
+                self._count([jail], None if held is None else {jail.id: held}, lasting=False)
         except (JailmgrError, OSError) as error:
             log.error("the last usage of %s/%s could not be counted: %s", jail.tenant, jail.name, error)
 
@@ -123,13 +126,13 @@ class Accountant:
             except (JailmgrError, OSError) as error:
                 log.error("usage could not be sampled: %s", error)
 
-    def _count(self, jails: list[Jail], disks: dict[int, int] | None) -> None:
+    def _count(self, jails: list[Jail], disks: dict[int, int] | None, lasting: bool = True) -> None:
         """`disks`: bytes of each jail's volume by its id; None where they can't be known now."""
         tenants = {tenant.name: tenant.id for tenant in self._m.store.tenants()}
         jails = [jail for jail in jails if jail.tenant in tenants]
         subjects = {jail.id: Subject(tenants[jail.tenant], jail.tenant, jail.id, jail.name) for jail in jails}
         running = self._running(jails)
-        behind = self._count_ended(jails, subjects)
+        behind = self._count_ended(jails, subjects, lasting)
         now = self._now()
         seen = self._look(jails, running)
         tracks = self._store.tracks()
@@ -145,9 +148,9 @@ class Accountant:
             held = None if disks is None else disks.get(jail.id, 0)
             counted[jail.id], addition = count_disk(track, subjects[jail.id], held, now)
             additions.append(addition)
-        self._store.write(counted, additions)
+        self._store.write(counted, additions, lasting)
 
-    def _count_ended(self, jails: list[Jail], subjects: dict[int, Subject]) -> set[int]:
+    def _count_ended(self, jails: list[Jail], subjects: dict[int, Subject], lasting: bool) -> set[int]:
         """Count the runs that have been noted; ids of the jails of which not all could be.
 
         In two rounds, since a file that was taken before and not dropped comes before the one there is now.
@@ -168,10 +171,10 @@ class Accountant:
                         track, addition = count_ended(track, subjects[jail.id], run)
                         additions.append(addition)
                     counted[jail.id] = track._replace(taken=ended[-1].run)
-            self._store.write(counted, additions)
+            self._store.write(counted, additions, lasting)
             for jail in jails:
                 with self._told(jail, behind):
-                    runs.drop(self._lib(jail))
+                    runs.drop(self._lib(jail), lasting)
         return behind
 
     def _take(self, jails: list[Jail], behind: set[int]) -> dict[int, list[runs.Run]]:

@@ -100,9 +100,13 @@ class UsageStore:
         with self._opened() as db:
             return {jail: Track(*track) for jail, *track in db.execute("SELECT * FROM tracks")}
 
-    def write(self, tracks: dict[int, Track], additions: Iterable[Addition]) -> None:
-        """Add to the buckets, and note up to where that was: together, or not at all."""
+    def write(self, tracks: dict[int, Track], additions: Iterable[Addition], lasting: bool = True) -> None:
+        """Add to the buckets, and note up to where that was: together, or not at all.
+
+        On return it is there to stay; without `lasting`, a power cut takes it back unless more was written after it.
+        """
         with self._opened() as db:
+            db.execute(f"PRAGMA synchronous = {'FULL' if lasting else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
             for addition in additions:
                 if addition.amounts != Amounts():
@@ -192,7 +196,6 @@ def _open_checked(path: str) -> sqlite3.Connection:
     try:
         os.chmod(path, 0o600)
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         application = db.execute("PRAGMA application_id").fetchone()[0]
         if (version, application) == (0, 0) and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:

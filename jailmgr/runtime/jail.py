@@ -24,6 +24,7 @@ from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, set_r
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAP_SECONDS = 2.0
+DETACH_SECONDS = 1.0
 STEADY_SECONDS = 60.0
 """A jail that ran that long begins its back-off anew."""
 
@@ -373,11 +374,8 @@ class Jail:
         return ended | {"kind": "signal", "status": number}
 
     def _forget(self) -> None:
-        """The process is gone: so are its console, its notify socket, its network and its state."""
+        """The process is gone: so are its console, its notify socket and its state."""
         self.state, self.pidfd = None, -1
-        if self._netns >= 0:
-            os.close(self._netns)
-            self._netns = -1
         if self.notify is not None:
             self.notify.close()
             self.notify = None
@@ -389,10 +387,23 @@ class Jail:
     def clear(self) -> None:
         """Take away what a run of it used; the state file last, which tells a next supervisor to do this."""
         for nic in self.bundle.nics:
-            netlink.detach(nic["veth"])
+            self._detach(nic["veth"])
+        if self._netns >= 0:
+            os.close(self._netns)
+            self._netns = -1
         cgroups.kill(self.host.hierarchies, self.bundle.cgroup)
         cgroups.remove(self.host.hierarchies, self.bundle.cgroup)
         remove_state(self.host.run, self.name)
+
+    def _detach(self, veth: str) -> None:
+        """The kernel takes a pair away with the namespace that we let go, while nobody waits for the 20 ms of that.
+
+        Unless somebody else holds it: so it is looked for later, by its index. Its name may be the next run's by then.
+        """
+        if self._netns < 0:
+            netlink.detach(veth)
+        elif index := netlink.index_of(veth):
+            self.host.loop.after(DETACH_SECONDS, partial(netlink.detach_index, index))
 
     def watch_console(self, sock: socket.socket, typed: bool) -> None:
         """Show the console on `sock`; with `typed`, type what comes from it."""

@@ -83,6 +83,23 @@ def detach(veth: str) -> None:
         raise JailmgrError(f"interface {veth}", error.strerror or str(error)) from error
 
 
+def detach_index(index: int) -> None:
+    """The same by its index, which no other link ever gets."""
+    try:
+        with RouteSocket() as here:
+            _delete(here, "", index)
+    except OSError as error:
+        raise JailmgrError(f"interface {index}", error.strerror or str(error)) from error
+
+
+def index_of(veth: str) -> int:
+    """Index of an interface; 0 where there is none."""
+    try:
+        return _socket.if_nametoindex(veth)
+    except OSError:
+        return 0
+
+
 def counters(veth: str) -> tuple[int, int]:
     """Bytes the jail has received and sent, by the host's end of its veth pair; (0, 0) where there is none."""
     return find_counters(veth) or (0, 0)
@@ -342,9 +359,9 @@ def _route(index: int, gateway: str) -> bytes:
     return message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, header + attributes)
 
 
-def _delete(here: RouteSocket, veth: str) -> None:
+def _delete(here: RouteSocket, veth: str, index: int = 0) -> None:
     try:
-        here.ask(message(RTM_DELLINK, 0, _ifinfomsg() + _name(veth)))
+        here.ask(message(RTM_DELLINK, 0, _ifinfomsg(index) + (b"" if index else _name(veth))))
     except OSError as error:
         # The kernel may have taken it along with its peer's namespace, between a look and now.
         if error.errno != errno.ENODEV:

@@ -121,10 +121,12 @@ def take(lib: str) -> list[Run] | None:
     return _read(fd)
 
 
-def drop(lib: str) -> None:
-    """Remove what was taken, for good: not even a power cut brings it back. Raises OSError."""
+def drop(lib: str, lasting: bool = True) -> None:
+    """Remove what was taken; with `lasting` not even a power cut brings it back. Raises OSError."""
     try:
         os.unlink(f"{lib}/{TAKEN}")
+        if not lasting:
+            return
         fd = os.open(lib, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
