@@ -1,7 +1,7 @@
 """`python -m bench`: measure, print a table of medians, write bench/results/TIME.json, put everything back.
 
-`python -m bench tenants` and `python -m bench accounting` measure something else, and nothing of lxc's: bench/tenants.py,
-bench/accounting.py.
+`python -m bench tenants` and `python -m bench accounting` measure something else, and nothing of lxc's:
+bench/tenants.py, bench/accounting.py.
 """
 
 from __future__ import annotations
