@@ -1,6 +1,7 @@
 """`python -m bench`: measure, print a table of medians, write bench/results/TIME.json, put everything back.
 
-`python -m bench tenants` measures something else, and nothing of lxc's: bench/tenants.py.
+`python -m bench tenants` and `python -m bench accounting` measure something else, and nothing of lxc's:
+bench/tenants.py, bench/accounting.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack
 
-from bench import report, tenants
+from bench import accounting, report, tenants
 from bench.host import available, bounded, milliseconds, raised_limits
 from bench.lxc import Lxc, lxc
 from bench.ours import Ours, ours
@@ -31,6 +32,8 @@ Samples = dict[str, list[float]]
 def main() -> int:
     if sys.argv[1:2] == ["tenants"]:
         return tenants.main(sys.argv[2:])
+    if sys.argv[1:2] == ["accounting"]:
+        return accounting.main(sys.argv[2:])
     options = _options()
     if os.geteuid() != 0:
         print("Error: bench: it starts containers, so it must run as root\nHint: sudo script/bench", file=sys.stderr)

@@ -67,6 +67,11 @@ class Root(Record):
         return f"{self.lib}/store.db"
 
     @property
+    def usage(self) -> str:
+        """What jails have used, by the hour."""
+        return f"{self.lib}/usage.db"
+
+    @property
     def pool_file(self) -> str:
         return f"{self.lib}/pool/default.img"
 

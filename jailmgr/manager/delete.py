@@ -42,6 +42,8 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
     `other_name`: the name a half-done rename was giving it.
     """
     end_if_alive(m, jail)
+    if m.accountant is not None:
+        m.accountant.settle(jail)
     networks.forget(m, jail)
     for name in filter(None, (jail.name, other_name)):
         cgroups.remove(m.hierarchies, cgroup_of(m.root, jail.tenant, name))

@@ -23,6 +23,7 @@ from jailmgr.storage.pool import Pool, close_pool, is_made, open_pool
 from jailmgr.store import READY, Row, Store
 
 if TYPE_CHECKING:
+    from jailmgr.manager.accounting import Accountant
     from jailmgr.manager.disk_guard import DiskGuard
     from jailmgr.manager.images import Building
     from jailmgr.manager.watch import Watcher
@@ -90,12 +91,14 @@ class Manager:
         """By id, the last view of each jail that didn't run, and what it was made from: it changes with that only."""
         self.watcher: Watcher | None = None
         self.disk_guard: DiskGuard | None = None
+        self.accountant: Accountant | None = None
 
     def open(self) -> None:
         """Open the store, finish or undo what a crash left, find the jails that run and watch over them.
 
         Raises JailmgrError where the store can't be read, or is gone while its jails are there.
         """
+        from jailmgr.manager.accounting import Accountant
         from jailmgr.manager.disk_guard import DiskGuard
         from jailmgr.manager.reconcile import reconcile
         from jailmgr.manager.watch import Watcher
@@ -107,9 +110,11 @@ class Manager:
         self.store.open()
         try:
             self.watcher = Watcher(self)
+            self.accountant = Accountant(self)
             reconcile(self)
             self.disk_guard = DiskGuard(self)
             self.disk_guard.start()
+            self.accountant.start()
             self.watcher.start()
         except BaseException:
             self._shut()
@@ -124,6 +129,8 @@ class Manager:
         self.watcher.stop()
         if self.disk_guard is not None:
             self.disk_guard.stop()
+        if self.accountant is not None:
+            self.accountant.stop()
         try:
             take_down(self)
         finally:
@@ -136,6 +143,9 @@ class Manager:
         if self.disk_guard is not None:
             self.disk_guard.stop()
             self.disk_guard = None
+        if self.accountant is not None:
+            self.accountant.stop()
+            self.accountant = None
         self.store.close()
 
     def check_disk(self) -> None:

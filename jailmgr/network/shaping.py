@@ -13,7 +13,6 @@ Numbers are those of linux/pkt_sched.h and linux/rtnetlink.h.
 from __future__ import annotations
 
 import errno
-import socket
 import struct
 from contextlib import suppress
 
@@ -129,14 +128,14 @@ def set_jail(root: Root, tenant: Tenant, jail: Jail, direction: str) -> None:
     wanted = jail_class(jail, rates_of_jail(jail).get(direction), rates_of(tenant.config).get(direction))
     try:
         with netlink.RouteSocket() as here:
-            _set(here, _index(ifb_name(root, tenant.id, direction)), wanted)
+            _set(here, netlink.index_of(ifb_name(root, tenant.id, direction)), wanted)
     except OSError as error:
         raise _failed(tenant, error) from error
 
 
 def remove_jail(root: Root, tenant: Tenant, jail: Jail, direction: str) -> None:
     """Takes a jail's class away; fine where there is none. Packets that name it yet are held to the tenant's total."""
-    index = _index(ifb_name(root, tenant.id, direction))
+    index = netlink.index_of(ifb_name(root, tenant.id, direction))
     if not index or not jail.idmap_base:
         return
     try:
@@ -148,7 +147,7 @@ def remove_jail(root: Root, tenant: Tenant, jail: Jail, direction: str) -> None:
 
 
 def is_made(root: Root, tenant: Tenant, direction: str) -> bool:
-    return _index(ifb_name(root, tenant.id, direction)) > 0
+    return netlink.index_of(ifb_name(root, tenant.id, direction)) > 0
 
 
 def remove(root: Root, name: str) -> None:
@@ -160,14 +159,14 @@ def remove(root: Root, name: str) -> None:
 
 def _make(here: netlink.RouteSocket, name: str) -> int:
     """Up, with an htb for its root; gives its index. What was cut off in between is gone on with."""
-    index = _index(name)
+    index = netlink.index_of(name)
     if not index:
         kind = attribute(netlink.IFLA_LINKINFO | NLA_F_NESTED, attribute(netlink.IFLA_INFO_KIND, b"ifb"))
         one = struct.pack("=I", 1)
         queues = attribute(netlink.IFLA_NUM_TX_QUEUES, one) + attribute(netlink.IFLA_NUM_RX_QUEUES, one)
         link = netlink.ifinfomsg() + attribute(netlink.IFLA_IFNAME, name.encode() + b"\0") + queues + kind
         here.ask(message(netlink.RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, link))
-        index = _index(name)
+        index = netlink.index_of(name)
     # Before it goes up, lest it get an IPv6 address and speak.
     mode = attribute(netlink.IFLA_INET6_ADDR_GEN_MODE, bytes([netlink.IN6_ADDR_GEN_MODE_NONE]))
     family = attribute(netlink.AF_INET6 | NLA_F_NESTED, mode)
@@ -213,14 +212,6 @@ def _ratespec(rate: int) -> bytes:
 def _burst(rate: int) -> int:
     """Ticks at that rate that may be sent at once: four milliseconds, two frames at least."""
     return min(TICKS_MAX, max(BURST_NS, BURST_MIN * 10**9 // rate) // TICK_NS)
-
-
-def _index(name: str) -> int:
-    """Index of an interface; 0 where there is none."""
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return 0
 
 
 def _failed(tenant: Tenant, error: OSError) -> JailmgrError:

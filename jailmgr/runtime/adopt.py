@@ -47,6 +47,8 @@ def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     pidfd = open_process(Process(state.pid, state.starttime)) if state.boot_id == host.boot_id else None
     if pidfd is None:
         write_json(f"{state.lib}/{LAST}", {"kind": "unknown", "at": time(), "by": "host", "status": 0})
+        if state.boot_id == host.boot_id:
+            jail.note_run(state, seen=False)
         jail.clear()
         if state.boot_id != host.boot_id:
             return

@@ -11,7 +11,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, netlink, protocol, spawn
+from jailmgr.runtime import cgroups, netlink, protocol, runs, spawn
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -24,6 +24,7 @@ from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, set_r
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAP_SECONDS = 2.0
+DETACH_SECONDS = 1.0
 STEADY_SECONDS = 60.0
 """A jail that ran that long begins its back-off anew."""
 
@@ -61,6 +62,8 @@ class Jail:
         self.log = Log(lib)
         self.state: State | None = None
         self.pidfd = -1
+        self._netns = -1
+        """Held while it runs: with init the kernel would take the interface away, and what that has counted."""
         self.console: Console | None = None
         self.waiters: list[Callable[[dict[str, Any]], None]] = []
         self.ready_waiters: list[Callable[[], None]] = []
@@ -153,6 +156,14 @@ class Jail:
             cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
         )  # fmt: skip
         write_state(self.host.run, self.name, self.state)
+        self._hold_netns(pid)
+
+    def _hold_netns(self, pid: int) -> None:
+        if self.bundle.nics:
+            try:
+                self._netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                self.log.note(f"its network is not held: {error}")
 
     def adopt(self, state: State, pidfd: int) -> None:
         """Take over a jail whose supervisor died."""
@@ -162,6 +173,7 @@ class Jail:
     def take_over(self, state: State, pidfd: int, ours: bool, console: int | None, notify: int | None) -> None:
         """Watch over a jail that runs. `ours`: its init is a child of this process, whoever that was when it began."""
         self.state, self.pidfd, self.ours = state, pidfd, ours
+        self._hold_netns(state.pid)
         self._watch(console, notify)
 
     def adopt_console(self, master: int) -> None:
@@ -249,6 +261,7 @@ class Jail:
         failed = ending["kind"] in ("oom", "unknown", "signal") or (ending["kind"] == "exit" and ending["status"] != 0)
         if not self.stopping and ending["kind"] != "reboot":
             again = self.bundle.restart == "always" or (self.bundle.restart == "on-failure" and failed)
+        self.note_run(state, seen=True)
         self._forget()
         self.log.note(f"ended: {ending['kind']} by {ending['by']}")
         try:
@@ -299,14 +312,23 @@ class Jail:
         except OSError as error:
             self.log.note(f"could not write down how it ended: {error}")
 
-    def _note_runs(self, runs: bool) -> None:
+    def _note_runs(self, on: bool) -> None:
         """For the host's next boot; as `_note_last`, it is not worth a failure."""
         if self.once:
             return
         try:
-            set_runs(self.lib, runs)
+            set_runs(self.lib, on)
         except OSError as error:
-            self.log.note(f"could not write down that it {'runs' if runs else 'has ended'}: {error}")
+            self.log.note(f"could not write down that it {'runs' if on else 'has ended'}: {error}")
+
+    def note_run(self, state: State, seen: bool) -> None:
+        """What the run that has ended has used, while its cgroup and interfaces are there; as `_note_last`."""
+        try:
+            if not state.once:
+                veths = [nic["veth"] for nic in self.bundle.nics]
+                runs.note_run(self.lib, runs.measure(self.host.hierarchies, state, veths, seen))
+        except (JailmgrError, OSError) as error:
+            self.log.note(f"could not write down what it has used: {error}")
 
     def _settle(self, ending: dict[str, Any], final: bool) -> None:
         if self._visit is None:
@@ -365,10 +387,23 @@ class Jail:
     def clear(self) -> None:
         """Take away what a run of it used; the state file last, which tells a next supervisor to do this."""
         for nic in self.bundle.nics:
-            netlink.detach(nic["veth"])
+            self._detach(nic["veth"])
+        if self._netns >= 0:
+            os.close(self._netns)
+            self._netns = -1
         cgroups.kill(self.host.hierarchies, self.bundle.cgroup)
         cgroups.remove(self.host.hierarchies, self.bundle.cgroup)
         remove_state(self.host.run, self.name)
+
+    def _detach(self, veth: str) -> None:
+        """The kernel takes a pair away with the namespace that we let go, while nobody waits for the 20 ms of that.
+
+        Unless somebody else holds it: so it is looked for later, by its index. Its name may be the next run's by then.
+        """
+        if self._netns < 0:
+            netlink.detach(veth)
+        elif index := netlink.index_of(veth):
+            self.host.loop.after(DETACH_SECONDS, partial(netlink.detach_index, index))
 
     def watch_console(self, sock: socket.socket, typed: bool) -> None:
         """Show the console on `sock`; with `typed`, type what comes from it."""

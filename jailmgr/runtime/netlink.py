@@ -83,20 +83,66 @@ def detach(veth: str) -> None:
         raise JailmgrError(f"interface {veth}", error.strerror or str(error)) from error
 
 
+def detach_index(index: int) -> None:
+    """The same by its index, which no other link ever gets."""
+    try:
+        with RouteSocket() as here:
+            _delete(here, "", index)
+    except OSError as error:
+        raise JailmgrError(f"interface {index}", error.strerror or str(error)) from error
+
+
+def index_of(veth: str) -> int:
+    """Index of an interface; 0 where there is none."""
+    try:
+        return _socket.if_nametoindex(veth)
+    except OSError:
+        return 0
+
+
 def counters(veth: str) -> tuple[int, int]:
     """Bytes the jail has received and sent, by the host's end of its veth pair; (0, 0) where there is none."""
+    return find_counters(veth) or (0, 0)
+
+
+def find_counters(veth: str) -> tuple[int, int] | None:
+    """The same; None where there is none. Raises JailmgrError."""
     try:
         with RouteSocket() as here:
             (reply,) = here.ask(message(RTM_GETLINK, 0, ifinfomsg() + _name(veth)))
     except OSError as error:
         if error.errno == errno.ENODEV:
-            return 0, 0
+            return None
         raise JailmgrError(f"interface {veth}", error.strerror or str(error)) from error
-    for kind, value in _attributes(reply[16:]):
-        if kind == IFLA_STATS64:
-            _, _, host_received, host_sent = struct.unpack_from("=4Q", value)
-            return host_sent, host_received
-    return 0, 0
+    return _counters(reply)[1]
+
+
+def link_counters(prefix: str) -> dict[str, tuple[int, int]]:
+    """`counters` of every interface whose name begins so, by name: one dump, however many there are.
+
+    Raises JailmgrError.
+    """
+    try:
+        with RouteSocket() as here:
+            replies = here.ask(message(RTM_GETLINK, NLM_F_DUMP, ifinfomsg()))
+    except OSError as error:
+        raise JailmgrError("interfaces", error.strerror or str(error)) from error
+    found = (_counters(reply, prefix) for reply in replies)
+    return {name: counted for name, counted in found if counted is not None}
+
+
+def _counters(link: bytes, prefix: str = "") -> tuple[str, tuple[int, int] | None]:
+    """Name of a link, and where that begins with `prefix`, what has gone out and come in at it, in bytes."""
+    name = ""
+    for kind, value in _attributes(link[16:]):
+        if kind == IFLA_IFNAME:
+            name = value.rstrip(b"\0").decode(errors="replace")
+            if not name.startswith(prefix):
+                break
+        elif kind == IFLA_STATS64:
+            _, _, received, sent = struct.unpack_from("=4Q", value)
+            return name, (sent, received)
+    return name, None
 
 
 class RouteSocket(_socket.socket):
@@ -313,9 +359,9 @@ def _route(index: int, gateway: str) -> bytes:
     return message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, header + attributes)
 
 
-def _delete(here: RouteSocket, veth: str) -> None:
+def _delete(here: RouteSocket, veth: str, index: int = 0) -> None:
     try:
-        here.ask(message(RTM_DELLINK, 0, ifinfomsg() + _name(veth)))
+        here.ask(message(RTM_DELLINK, 0, ifinfomsg(index) + (b"" if index else _name(veth))))
     except OSError as error:
         # The kernel may have taken it along with its peer's namespace, between a look and now.
         if error.errno != errno.ENODEV:

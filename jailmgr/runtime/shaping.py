@@ -30,6 +30,7 @@ from jailmgr.runtime.netlink import (
     TCA_OPTIONS,
     RouteSocket,
     attribute,
+    index_of,
     message,
     tcmsg,
 )  # fmt: skip
@@ -73,9 +74,9 @@ def attach(veth: str, shape: Mapping[str, tuple[str, int]]) -> None:
     """
     try:
         with RouteSocket() as here:
-            port = _index(veth)
+            port = index_of(veth)
             for direction, (ifb, classid) in shape.items():
-                queues = _index(ifb)
+                queues = index_of(ifb)
                 if port and queues:
                     _attach(here, port, direction, queues, classid)
     except OSError as error:
@@ -87,7 +88,7 @@ def detach(veth: str, directions: Iterable[str]) -> None:
     """Takes filters off again; fine where there are none. Raises JailmgrError."""
     try:
         with RouteSocket() as here:
-            port = _index(veth)
+            port = index_of(veth)
             for direction in directions:
                 if port:
                     _detach(here, port, direction)
@@ -121,11 +122,3 @@ def _detach(here: RouteSocket, port: int, direction: str) -> None:
 
 def _filter(port: int, direction: str) -> bytes:
     return tcmsg(port, HANDLE, _HOOKS[direction], PREFERENCE << 16 | _socket.htons(ETH_P_ALL), b"bpf")
-
-
-def _index(interface: str) -> int:
-    """Index of an interface; 0 where there is none."""
-    try:
-        return _socket.if_nametoindex(interface)
-    except OSError:
-        return 0

@@ -12,7 +12,7 @@ from jailmgr.config import Root
 from jailmgr.runtime.cgroup_hierarchies import relative
 from tests.system.instance import alive, kill
 
-QUIET_FILES = ("store.db", "engine.log")
+QUIET_FILES = ("store.db", "usage.db", "engine.log")
 """Files whose companions (-wal, -shm, .1) come and go."""
 
 

@@ -21,8 +21,8 @@ CHECKS = {
     "btrfs", "loop", "veth", "bridge", "traffic control", "simple quotas", "cgroup v2", "cgroup memory", "cgroup cpu",
     "cgroup pids", "cgroup io", "cgroup devices", "cgroup freezer", "nftables", "protocols", "firewall forward",
     "firewall input", "bridge netfilter", "mkfs.btrfs", "dnsmasq", "debootstrap", "busybox", "lxcfs", "fuse",
-    "libnftables", "libseccomp", "AppArmor", "fs.inotify.max_user_instances", "kernel.keys.maxkeys", "kernel.pty.max", "id ranges",
-    "resolver", "disk", "store", "leftovers",
+    "libnftables", "libseccomp", "AppArmor", "fs.inotify.max_user_instances", "kernel.keys.maxkeys", "kernel.pty.max",
+    "id ranges", "resolver", "disk", "store", "leftovers",
 }  # fmt: skip
 
 

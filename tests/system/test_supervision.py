@@ -231,7 +231,7 @@ def test_sigkill_in_the_middle_of_a_launch(jm: Instance, after: float) -> None:
     process = jm.popen("launch", "busybox", "halfway", stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     time.sleep(after)  # somewhere in the middle
     if engine["running"]:
-        os.kill(engine["pid"], signal.SIGKILL)
+        kill(engine["pid"])
     process.kill()
     process.wait()
     if not jm.gone("halfway"):
@@ -249,7 +249,7 @@ def test_sigkill_in_the_middle_of_a_delete(jm: Instance, busybox_jail: MakeJail,
     time.sleep(after)  # somewhere in the middle
     engine = jm.json("engine", "status")
     if engine["running"]:
-        os.kill(engine["pid"], signal.SIGKILL)
+        kill(engine["pid"])
     process.kill()
     process.wait()
     if not jm.gone(name):
