@@ -146,6 +146,33 @@ class TenantView(msgspec.Struct, frozen=True):
     config: dict[str, str]
 
 
+class Billed(msgspec.Struct, frozen=True):
+    """Used in a span of time: a jail's, or those of all of a tenant's jails together."""
+
+    cpu_seconds: float
+    memory_byte_hours: int
+    """Page cache included."""
+    disk_byte_hours: int
+    received_bytes: int
+    sent_bytes: int
+    running_hours: float
+
+
+class JailBilled(Billed, frozen=True):
+    """`jail`: the last name it had; it may have been deleted since."""
+
+    jail: str
+
+
+class TenantBilled(Billed, frozen=True):
+    """`since` and `until`: RFC 3339, UTC. A tenant that has been deleted since stands here as well."""
+
+    tenant: str
+    since: str
+    until: str
+    jails: list[JailBilled]
+
+
 class Usage(msgspec.Struct, frozen=True):
     """What a jail uses now; None where it isn't known."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from jailmgr.cli.jails import Cpus, Keys, Memory, Processes
 from jailmgr.cli.layout import beside, cpu_time
 from jailmgr.cli.output import agreed, fields, show, table
 from jailmgr.cli.request import merge, own_limits, split_pair
-from jailmgr.cli.settings import Cancelled, Settings, check_label
+from jailmgr.cli.settings import Cancelled, Settings, check_label, wrong_usage
 from jailmgr.units import format_size
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A tenant.")]
@@ -41,7 +42,7 @@ def add(app: typer.Typer) -> None:
     command(app, "set", example="jailmgr tenant set acme limits.memory=16GiB users=alice,bob")(set_)
     command(app, example="jailmgr tenant get acme limits.memory")(get)
     command(app, example="jailmgr tenant unset acme limits.memory")(unset)
-    command(app, example="jailmgr tenant usage acme --format json")(usage)
+    command(app, example="jailmgr tenant usage --since 30d --format csv")(usage)
     command(app, example="jailmgr tenant delete acme")(delete)
 
 
@@ -115,15 +116,54 @@ def get(
 
 
 def usage(
-    settings: Settings, name: Annotated[str | None, typer.Argument(metavar="NAME", help="A tenant.")] = None
+    settings: Settings,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A tenant.")] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="TIME", help="A date, a time, or how long ago (1h, 30d).")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", help="The same; else now.")] = None,
 ) -> int:
-    """Show what tenants use now, beside their totals and what their jails were promised."""
+    """Show what tenants use now, beside their totals and promises; with --since or --until what they have used."""
+    if name is not None:
+        check_label("tenant", name)
+    if since is not None or until is not None:
+        return _billed(settings, name, since, until)
     if name is not None:
         found = [_look(settings, name)]
     else:
         found = ensure_engine(settings.root).call("GET", "/1.0/projects?recursion=1")
     show(settings, found, lambda: _usage_table(found))
     return 0
+
+
+def _billed(settings: Settings, name: str | None, since: str | None, until: str | None) -> int:
+    now = time.time()
+    began, ended = _time("--since", since, now, 0.0), _time("--until", until, now, now)
+    if began > ended:
+        raise wrong_usage("tenant usage", "the span ends before it begins", "Give --since an earlier time.")
+    whose = f"&project={name}" if name else ""
+    found = ensure_engine(settings.root).call("GET", f"/internal/usage?since={began:.3f}&until={ended:.3f}{whose}")
+    if settings.format == "csv":
+        rows = [
+            {"tenant": tenant["tenant"], "since": tenant["since"], "until": tenant["until"], **jail}
+            for tenant in found
+            for jail in tenant["jails"]
+        ]
+        show(settings, rows, lambda: "")
+    else:
+        show(settings, found, lambda: _bill_table(found))
+    return 0
+
+
+def _time(option: str, text: str | None, now: float, default: float) -> float:
+    if text is None:
+        return default
+    from jailmgr.times import parse_time
+
+    try:
+        return parse_time(text, now)
+    except ValueError as error:
+        raise wrong_usage(f"{option} {text}", str(error), "Such as --since 30d, or --since 2026-11-01.") from None
 
 
 def delete(settings: Settings, name: Name) -> int:
@@ -181,6 +221,28 @@ def _usage_table(tenants: list[dict[str, Any]]) -> str:
                 rows.append([tenant["name"], title.lower(), *(_told(resource, amount) for amount in amounts)])
         rows.append([tenant["name"], "cpu time", cpu_time(tenant["used"]["cpu_ns"]), "-", "-"])
     return table(["TENANT", "RESOURCE", "USED", "PROMISED", "TOTAL"], rows)
+
+
+def _bill_table(tenants: list[dict[str, Any]]) -> str:
+    header = ["TENANT", "JAIL", "CPU", "MEMORY", "DISK", "IN", "OUT", "RUNNING"]
+    rows = []
+    for tenant in tenants:
+        rows += [_bill_row(tenant["tenant"], jail["jail"], jail) for jail in tenant["jails"]]
+        rows.append(_bill_row(tenant["tenant"], "(all)", tenant))
+    return table(header, rows)
+
+
+def _bill_row(tenant: str, jail: str, used: dict[str, Any]) -> list[str]:
+    return [
+        tenant,
+        jail,
+        cpu_time(round(used["cpu_seconds"] * 1e9)),
+        f"{format_size(used['memory_byte_hours'])}h",
+        f"{format_size(used['disk_byte_hours'])}h",
+        format_size(used["received_bytes"]),
+        format_size(used["sent_bytes"]),
+        f"{used['running_hours']:.1f}h",
+    ]
 
 
 def _page(tenant: dict[str, Any]) -> str:

@@ -64,6 +64,7 @@ ROUTES = [
     resource("/1.0/projects", READ, GET=projects.list_all, POST=projects.add),
     resource("/1.0/projects/{name}", READ, GET=projects.show, PATCH=projects.change, DELETE=projects.remove),
     resource("/internal/autostart", POST=server.autostart),
+    resource("/internal/usage", READ, GET=projects.bill),
     resource("/1.0/operations", READ, GET=operations.list_all),
     resource("/1.0/operations/{id}", ("GET", "DELETE"), GET=operations.show, DELETE=operations.cancel),
     resource("/1.0/operations/{id}/wait", READ, GET=operations.wait_for),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -49,6 +51,14 @@ async def change(request: Request) -> Response:
     await call(request, tenants.set_tenant, name, body.config)
     await _settle(request)
     return done(await call(request, tenant_view.get_tenant, name))
+
+
+async def bill(request: Request) -> Response:
+    """GET /internal/usage?since=S&until=S[&project=NAME]: what was used between two times since the epoch."""
+    since, until = number(request, "since", 0), number(request, "until", time.time())
+    name = request.query_params.get("project")
+    tenants = [own(request, name)] if name else own_all(request)
+    return done(await call(request, tenant_view.billed, tenants, since, until))
 
 
 async def remove(request: Request) -> Response:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
+from jailmgr.manager.accounting import usage
 from jailmgr.manager.admission import allocated, totals_of
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.metering import Amounts as UsedInSpan
 from jailmgr.manager.tenants import ensure_tenant
 from jailmgr.manager.totals import group_of
 from jailmgr.manager.view import rfc3339
-from jailmgr.model import Amounts, Tenant, TenantView, Used
+from jailmgr.model import Amounts, JailBilled, Tenant, TenantBilled, TenantView, Used
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.storage.volume import tenant_usage
@@ -27,6 +30,39 @@ def list_tenants(m: Manager) -> list[TenantView]:
 def get_tenant(m: Manager, name: str) -> TenantView:
     """JailmgrError `missing`."""
     return _view(m, ensure_tenant(m, name) if name == DEFAULT_TENANT else m.store.tenant(name))
+
+
+def billed(m: Manager, tenants: list[str] | None, since: float, until: float) -> list[TenantBilled]:
+    """What tenants (None: all) have used between two times, in seconds since the epoch, deleted ones too.
+
+    JailmgrError `invalid` for a span that ends before it begins.
+    """
+    records = (
+        usage(m, None, since, until)
+        if tenants is None
+        else [record for tenant in tenants for record in usage(m, tenant, since, until)]
+    )
+    return [
+        TenantBilled(
+            **_bill(record),
+            tenant=record.tenant,
+            since=rfc3339(since),
+            until=rfc3339(until),
+            jails=[JailBilled(**_bill(jail), jail=jail.jail) for jail in record.jails],
+        )
+        for record in records
+    ]
+
+
+def _bill(used: UsedInSpan) -> dict[str, Any]:
+    return {
+        "cpu_seconds": round(used.cpu_ns / 1e9, 3),
+        "memory_byte_hours": round(used.memory_byte_seconds / 3600),
+        "disk_byte_hours": round(used.disk_byte_seconds / 3600),
+        "received_bytes": used.received_bytes,
+        "sent_bytes": used.sent_bytes,
+        "running_hours": round(used.running_seconds / 3600, 4),
+    }
 
 
 def _view(m: Manager, tenant: Tenant) -> TenantView:

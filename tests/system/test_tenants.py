@@ -341,3 +341,22 @@ def test_top(jm: Instance, make_tenant: MakeTenant) -> None:
     assert found[0]["cpus"] > 0.2 > found[1]["cpus"]
     assert "/64.0MiB" in jm("--tenant", name, "top").out
     assert jm.info(idle)["usage"]["cpu_ns"] > 0
+
+
+def test_what_was_used_in_a_span(jm: Instance, make_tenant: MakeTenant) -> None:
+    name = make_tenant()
+    (jail,) = launch(jm, name, 1)
+    jm.sh(
+        jail, "n=0; while [ $n -lt 300000 ]; do n=$((n+1)); done; dd if=/dev/zero of=/root/big bs=1M count=8 conv=fsync"
+    )
+    jm("delete", "--force", jail)
+    (found,) = jm.json("tenant", "usage", name, "--since", "1h")
+    assert found["jails"][0]["jail"] == "j0"
+    assert 0.05 < found["cpu_seconds"] < 30
+    assert found["running_hours"] > 0
+    rows = jm("tenant", "usage", name, "--since", "1h", "--format", "csv").out.splitlines()
+    assert rows[0].startswith("tenant,since,until,")
+    assert rows[1].startswith(f"{name},")
+    assert jm.json("tenant", "usage", name, "--until", "2h") == []
+    jm.refused("tenant", "usage", "--since", "yesterday-ish", status=2)
+    jm.refused("tenant", "usage", "--since", "1h", "--until", "2h", status=2)
