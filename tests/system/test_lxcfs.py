@@ -110,6 +110,18 @@ def test_cpus_are_those_that_the_fewest_jails_have(jm: Instance, busybox_jail: M
     assert of(third) == kept
 
 
+@pytest.mark.skipif(HOST_CPUS < 2, reason="needs two CPUs")
+def test_a_tenants_total_takes_no_jail_off_its_cpus(jm: Instance, other_tenant: str) -> None:
+    """On v1 the jail's own quota is set anew with the tenant's."""
+    name = f"{other_tenant}/one"
+    jm("--tenant", other_tenant, "launch", "busybox", "one", "-c", "limits.cpu=1")
+    for total in ("50ms/100ms", "80ms/100ms"):
+        jm("tenant", "set", other_tenant, "limits.overcommit=true", f"limits.cpu.allowance={total}")
+        assert cpus(jm, name) == (1, 1, 1)
+    jm("tenant", "unset", other_tenant, "limits.cpu.allowance")
+    assert cpus(jm, name) == (1, 1, 1)
+
+
 def test_killed_lxcfs_is_replaced_and_jails_go_on(jm: Instance, other_tenant: str, busybox_jail: MakeJail) -> None:
     name, other, paused = busybox_jail("--memory", "64MiB"), f"{other_tenant}/one", busybox_jail("--memory", "32MiB")
     jm("--tenant", other_tenant, "launch", "busybox", "one", "--memory", "96MiB")
