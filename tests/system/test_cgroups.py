@@ -67,7 +67,7 @@ class Jail:
     def run(self, program: str, leaf: str = cgroups.PAYLOAD) -> subprocess.Popen[bytes]:
         """Python in the group from its first instruction on; stdin and stdout are pipes."""
         process = subprocess.Popen(
-            ["/bin/sh", "-c", 'read go; exec "$@"', "sh", sys.executable, "-c", program],
+            ["/bin/sh", "-c", 'read go; exec "$@"', "sh", sys.executable, "-u", "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
