@@ -20,10 +20,16 @@ from typing import Any
 
 from jailmgr.runtime import process
 from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import Bundle
+from jailmgr.runtime.cgroups import Hierarchies, members
 from jailmgr.runtime.pty import fs_type
 
-FILES = ("cpuinfo", "diskstats", "loadavg", "meminfo", "stat", "swaps")
+FILES = ("cpuinfo", "diskstats", "loadavg", "meminfo", "swaps")
 """Of its directory `proc`, and of a jail's /proc."""
+STAT = "stat"
+"""Only for a jail that has not all CPUs, of which it tells: ps(1) reckons when a process began by its `btime`, and
+lxcfs' is the host's, where the kernel's is that of the jail's time namespace.
+"""
 RENEW_SECONDS, JAIL_SECONDS = 2.0, 0.05
 """How long the jails of a tenant may take for it, and each one more: it is some milliseconds, unless a guest is up to
 something.
@@ -33,6 +39,12 @@ _ATTRIBUTES = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT
 _PROC_SUPER_MAGIC = 0x9FA0
 _OF_PROC = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
 _LAYERS_MAX = 8
+_NAMESPACES_MAX = 128
+
+
+def files_of(bundle: Bundle) -> tuple[str, ...]:
+    """Those that a jail is shown."""
+    return (*FILES, STAT) if bundle.limits.cpus is not None else FILES
 
 
 def open_whole(directory: str) -> int | None:
@@ -49,7 +61,7 @@ def open_whole(directory: str) -> int | None:
 
 
 def open_file(name: str, at: int = kernel.AT_FDCWD, below: str = "") -> int | None:
-    """A detached mount of one of `FILES`, of the lxcfs mounted at `below`; None where that has none, or is dead."""
+    """A detached mount of a file, of the lxcfs mounted at `below`; None where that has none, or is dead."""
     try:
         return _detached(f"{below}/proc/{name}", at)
     except OSError:
@@ -67,17 +79,17 @@ def _detached(path: str, at: int = kernel.AT_FDCWD) -> int:
     return made
 
 
-def renew(jails: dict[str, int], directory: str) -> list[str]:
+def renew(jails: dict[str, tuple[int, Bundle]], hierarchies: Hierarchies, directory: str) -> list[str]:
     """Have the files of the lxcfs at `directory` in each jail's /proc again: names of those in which it failed.
 
-    `jails`: name to init's pidfd. A child for each goes into the jail's mount namespace and no further: what the guest
-    has done to its processes and cgroups, or set as limits to them, is not in its way.
+    `jails`: name to init's pidfd and what it was started with. A child for each goes into the jail's mount namespaces
+    and no further: what the guest has done to its processes and cgroups, or set as limits to them, is not in its way.
     """
     children: dict[int, tuple[str, int]] = {}
-    for name, init in jails.items():
+    for name, (init, bundle) in jails.items():
         pid = os.fork()
         if pid == 0:
-            process.trap("lxcfs", _note, partial(_renew, init, directory))
+            process.trap("lxcfs", _note, partial(_renew, init, bundle, hierarchies, directory))
         children[os.pidfd_open(pid)] = (name, pid)
     failed = []
     deadline = monotonic() + RENEW_SECONDS + len(jails) * JAIL_SECONDS
@@ -86,7 +98,7 @@ def renew(jails: dict[str, int], directory: str) -> list[str]:
             # Who waits for a file system of the guest's waits as long as that likes: strays.py reaps it then.
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             _ended(pidfd, monotonic() + 0.1)
-        if os.waitpid(pid, os.WNOHANG) != (pid, 0) and not _ended(jails[name], 0):
+        if os.waitpid(pid, os.WNOHANG) != (pid, 0) and not _ended(jails[name][0], 0):
             failed.append(name)
         os.close(pidfd)
     return failed
@@ -102,17 +114,44 @@ def _note(told: dict[str, Any]) -> None:
     print("lxcfs:", told["error"]["why"], file=sys.stderr, flush=True)
 
 
-def _renew(init: int, directory: str) -> None:
+def _renew(init: int, bundle: Bundle, hierarchies: Hierarchies, directory: str) -> None:
     """The child. The files are taken while the host's mounts are in sight; all else happens with the guest's rights."""
     kernel.close_all_but(init)
     process.shut_imports()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    fresh = {name: open_file(name, below=directory) for name in FILES}
+    spaces = _mount_namespaces(members(hierarchies, bundle.cgroup))
+    fresh = {fd: {name: open_file(name, below=directory) for name in files_of(bundle)} for fd in (init, *spaces)}
     kernel.setns(init, kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    _put(fresh.pop(init))
+    for space, files in fresh.items():
+        try:
+            kernel.setns(space, kernel.CLONE_NEWNS)
+            _put(files)
+        except OSError:
+            continue  # of a user namespace of the guest's, whose mounts hold each other
+
+
+def _mount_namespaces(pids: list[int]) -> list[int]:
+    """Those of these processes, each once: of services that have one of their own, and init's. A pid that is not of the
+    jail any more does no harm: the guest's root may enter no namespace of the host's.
+    """
+    found: dict[int, int] = {}
+    for pid in pids:
+        try:
+            fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        if len(found) == _NAMESPACES_MAX or found.setdefault(os.fstat(fd).st_ino, fd) != fd:
+            os.close(fd)
+    return list(found.values())
+
+
+def _put(fresh: dict[str, int | None]) -> None:
+    """In the mount namespace that this process is in."""
     proc = _open_proc()
     if proc is None:
         return

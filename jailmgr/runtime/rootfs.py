@@ -91,7 +91,7 @@ def populate(root: int, scratch: int, bundle: Bundle, limits_view: int | None) -
         _devices(root)
     _new_boot_id(root, scratch)
     if limits_view is not None:
-        _show_limits(root, scratch, limits_view)
+        _show_limits(root, scratch, limits_view, lxcfs.files_of(bundle))
     os.mkdir("empty", 0o755, dir_fd=scratch)
     for path in bundle.masked:
         _mask(root, scratch, path.lstrip("/"))
@@ -196,12 +196,12 @@ def _new_boot_id(root: int, scratch: int) -> None:
     _cover(kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE), "boot_id", scratch)
 
 
-def _show_limits(root: int, scratch: int, limits_view: int) -> None:
+def _show_limits(root: int, scratch: int, limits_view: int, files: tuple[str, ...]) -> None:
     """The whole of lxcfs goes where nobody sees it, for only what is mounted here can be cloned in part."""
     os.mkdir("lxcfs", 0o700, dir_fd=scratch)
     kernel.move_mount(limits_view, scratch, "lxcfs")
     os.close(limits_view)
-    for name in lxcfs.FILES:
+    for name in files:
         cover, target = lxcfs.open_file(name, scratch, "lxcfs"), _find(root, f"proc/{name}")
         if cover is not None and target is not None:
             kernel.move_mount(cover, target)

@@ -193,8 +193,9 @@ class Session:
 
     def _renew_lxcfs(self, body: dict[str, Any], fds: list[int]) -> None:
         """Another lxcfs is mounted: its files go into every jail that runs."""
-        jails = {name: jail.pidfd for name, jail in self.supervisor.jails.items() if jail.running and not jail.once}
-        failed = lxcfs.renew(jails, str(body["mounted"]))
+        running = [jail for jail in self.supervisor.jails.values() if jail.running and not jail.once]
+        jails = {jail.name: (jail.pidfd, jail.bundle) for jail in running}
+        failed = lxcfs.renew(jails, self.supervisor.host.hierarchies, str(body["mounted"]))
         if failed:
             self.supervisor.strays.look()
         self.tell({"failed": failed})

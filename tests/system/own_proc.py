@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
-from jailmgr.runtime.lxcfs import FILES
+from jailmgr.runtime.lxcfs import FILES, STAT
 from tests.system.instance import Instance, kill, until
 
 NUMBER = "nproc; grep -c ^processor /proc/cpuinfo; grep -c ^cpu[0-9] /proc/stat"
@@ -20,6 +21,11 @@ def meminfo(host: Instance, name: str, field: str = "MemTotal") -> int:
 def cpus(host: Instance, name: str) -> tuple[int, ...]:
     """How many there are by its affinity, its cpuinfo and its stat."""
     return tuple(map(int, host.sh(name, NUMBER).out.split()))
+
+
+def began(host: Instance, name: str) -> int:
+    """When it was booted, as ps(1) reckons: seconds since 1970."""
+    return int(host.sh(name, f"grep btime /proc/{STAT}").out.split()[1])
 
 
 def mounts(host: Instance, name: str) -> list[tuple[str, str]]:
@@ -56,8 +62,9 @@ def wait_renewed(host: Instance, old: int) -> None:
 
 
 def check_view(host: Instance, name: str, mebibytes: int) -> None:
-    """A jail with so much memory sees that, and lxcfs' files, each once."""
+    """A jail with so much memory and all CPUs sees that, and lxcfs' files, each once; when it began is its own."""
     assert covered(host, name) == sorted(FILES)
+    assert abs(began(host, name) - time.time()) < 600
     assert meminfo(host, name) == mebibytes << 10
     assert meminfo(host, name, "MemAvailable") <= mebibytes << 10
     for file in FILES:

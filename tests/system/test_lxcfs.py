@@ -74,6 +74,15 @@ def test_uptime_and_load_are_the_jails_own(jm: Instance, busybox_jail: MakeJail)
     assert int(running) <= int(processes) < 50
 
 
+def test_fewer_cpus_at_once(jm: Instance, busybox_jail: MakeJail) -> None:
+    """But for /proc/stat, which is the kernel's until the next start."""
+    name = busybox_jail()
+    jm("set", name, "limits.cpu=1")
+    assert cpus(jm, name) == (1, 1, HOST_CPUS)
+    jm("restart", "--force", name)
+    assert cpus(jm, name) == (1, 1, 1)
+
+
 def test_the_number_of_cpus_follows_limits_cpu_alone(jm: Instance, busybox_jail: MakeJail) -> None:
     every, one = (HOST_CPUS,) * 3, (1,) * 3
     name = busybox_jail("-c", "limits.cpu=1")
@@ -189,10 +198,24 @@ def test_what_the_guest_has_put_there_stays(jm: Instance, busybox_jail: MakeJail
 
 def test_what_the_guest_has_taken_away_comes_back_with_the_next(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail("--memory", "64MiB")
-    jm.sh(name, "umount /proc/meminfo /proc/stat")
+    jm.sh(name, "umount /proc/meminfo /proc/loadavg")
     assert meminfo(jm, name) == host_memory()
     wait_renewed(jm, kill_lxcfs(jm))
     check_view(jm, name, 64)
+
+
+def test_services_with_mounts_of_their_own_get_the_next_ones_files(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail("--memory", "64MiB", "-c", "limits.cpu=1")
+    for options in ("-m", "-m -U -r"):
+        jm.sh(name, f"unshare {options} sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >>/root/pids")
+    inside = "for pid in $(cat /root/pids); do nsenter -t $pid -m grep -c fuse.lxcfs /proc/self/mountinfo; done"
+    files = len(FILES) + (HOST_CPUS > 1)
+    until(lambda: jm.sh(name, inside).out.split() == [str(files)] * 2, 10, "both have namespaces of their own")
+    wait_renewed(jm, kill_lxcfs(jm))
+    first = "nsenter -t $(head -n 1 /root/pids) -m head -n 1 /proc/meminfo"
+    assert jm.sh(name, first).out.split()[1] == str(64 << 10)
+    assert jm.sh(name, inside).out.split()[0] == str(files)
+    assert meminfo(jm, name) == 64 << 10
 
 
 def test_a_guest_does_not_see_lxcfs_own_tree(jm: Instance, busybox_jail: MakeJail) -> None:

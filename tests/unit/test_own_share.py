@@ -10,6 +10,7 @@ from jailmgr.manager.pinning import choose_cpus
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import Limits, Plan, compile_bundle, read_bundle
 from jailmgr.runtime.cgroup_cpuset import format_cpus, parse_cpus
+from jailmgr.runtime.lxcfs import files_of
 from tests.unit.test_cgroups import mountinfo, v2_tree
 
 PLAN = Plan("t", "j", "j", 1000, 100000, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
@@ -66,6 +67,15 @@ def test_cpus_are_ocis() -> None:
     assert config["linux"]["resources"]["cpu"] == {"quota": 200_000, "period": 100_000, "cpus": "0,3"}
     assert read_bundle(config).limits.cpus == "0,3"
     assert read_bundle(compile_bundle(PLAN)).limits == Limits()
+
+
+def test_stat_is_for_those_with_some_of_the_cpus() -> None:
+    def files(limits: Limits) -> tuple[str, ...]:
+        return files_of(read_bundle(compile_bundle(PLAN._replace(limits=limits))))
+
+    assert "meminfo" in files(Limits())
+    assert "stat" not in files(Limits(memory=1 << 30, cpu_quota=50_000))
+    assert set(files(Limits(cpus="0"))) - set(files(Limits())) == {"stat"}
 
 
 def test_the_bundle_says_where_lxcfs_would_be() -> None:
