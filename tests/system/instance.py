@@ -202,9 +202,9 @@ class Terminal(NamedTuple):
         del self.seen[:end]
         return found
 
-    def prompt(self) -> None:
+    def prompt(self, within: float = 15) -> None:
         """Press Enter until a shell shows its prompt: one that has just begun throws away what was typed before."""
-        until(lambda: self._answers(b"# "), 15, "a shell's prompt")
+        until(lambda: self._answers(b"# "), within, "a shell's prompt")
 
     def _answers(self, text: bytes) -> bool:
         self.write(b"\n")
