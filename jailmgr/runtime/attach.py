@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jailmgr.config import Root
 
 _STARTING = "supervisor.starting"
+_SCOPE_STARTING = "scope.starting"
 _TRIES = 3
 _SPAWN = """
 import sys
@@ -188,7 +189,31 @@ def _check_version(hello: dict[str, Any], run: str) -> None:
 
 
 def _start(root: Root, run: str) -> None:
-    """A supervisor of its own session, with nothing of ours but the pipe on which it says that it listens."""
+    """A supervisor of its own session. With systemd one at a time: the first makes the scope, and the others enter it.
+
+    A scope may end between a look at it and the next step, or its name not be free for a moment: that shows as an
+    error of systemd's, and then there is another one to make.
+    """
+    from jailmgr.runtime.cgroup_hierarchies import SYSTEMD
+
+    if not SYSTEMD:
+        _begin(root, run)
+        return
+    import fcntl
+
+    with open(f"{root.run}/{_SCOPE_STARTING}", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in reversed(range(_TRIES)):
+            try:
+                _begin(root, run)
+                return
+            except JailmgrError as error:
+                if error.code != "unavailable" or not left:
+                    raise
+
+
+def _begin(root: Root, run: str) -> None:
+    """It has nothing of ours but the pipe on which it says that it listens."""
     from jailmgr.runtime import scope
 
     package = _package()

@@ -17,6 +17,7 @@ from jailmgr.runtime.cgroup_hierarchies import SLICE, SYSTEMD, discover, relativ
 _LEAF = ".supervisors"
 """Leaf of the scope for those who make its other groups: a group with processes can't give controllers on."""
 _PATH = "/usr/local/bin:/usr/bin:/bin"
+_MANAGER = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
 
 
 def directory(root_name: str) -> str:
@@ -25,11 +26,11 @@ def directory(root_name: str) -> str:
 
 
 def begin(root_name: str, argv: list[str]) -> list[str]:
-    """`argv`, to be run so that it begins in the scope: by systemd-run(1) where there is no scope yet.
+    """`argv`, to be run so that it begins in the scope: by systemd-run(1) where there is none, or one that has ended.
 
-    JailmgrError `unavailable` without systemd-run.
+    Else it is to `enter` it. JailmgrError `unavailable` without systemd-run.
     """
-    if os.path.isdir(directory(root_name)):
+    if os.path.isdir(directory(root_name)) and _is_active(root_name):
         return argv
     program = shutil.which("systemd-run", path=_PATH)
     if program is None:
@@ -38,6 +39,16 @@ def begin(root_name: str, argv: list[str]) -> list[str]:
     properties = ["Delegate=yes", "Description=Jails of jailmgr", "Before=jailmgr-autostart.service"]
     options = ["--scope", "--quiet", "--collect", f"--unit={root_name}.scope", f"--slice={SLICE}"]
     return [program, *options, *(f"--property={text}" for text in properties), "--", *argv]
+
+
+def _is_active(root_name: str) -> bool:
+    """A group that is still there tells nothing: systemd removes it a moment after the scope has ended."""
+    program = shutil.which("systemctl", path=_PATH)
+    return program is not None and _run([program, "is-active", "--quiet", f"{root_name}.scope"]) == 0
+
+
+def _run(argv: list[str]) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(argv[0], argv, {"PATH": _PATH}), 0)[1])
 
 
 def begin_apart(description: str, argv: list[str]) -> list[str]:
@@ -60,15 +71,29 @@ def move_apart(unit: str, description: str, pid: int) -> None:
     program = shutil.which("busctl", path=_PATH) if SYSTEMD else None
     if program is None:
         return
-    manager = ["org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"]
     properties = ["PIDs", "au", "1", str(pid), "Slice", "s", SLICE, "Description", "s", description]
     properties += ["CollectMode", "s", "inactive-or-failed"]
-    argv = [program, "--quiet", "call", *manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", "4"]
-    child = os.posix_spawn(program, [*argv, *properties, "0"], {"PATH": _PATH})
-    os.waitpid(child, 0)
+    argv = [program, "--quiet", "call", *_MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", "4"]
+    _run([*argv, *properties, "0"])
 
 
 def enter(scope: str) -> None:
-    """Move the calling process to the supervisors' leaf. Raises OSError."""
-    os.makedirs(f"{scope}/{_LEAF}", 0o755, exist_ok=True)
-    write(f"{scope}/{_LEAF}/cgroup.procs", "0")
+    """Move the calling process to the supervisors' leaf. Raises OSError.
+
+    From outside of the scope by systemd (AttachProcessesToUnit): written there by ourselves, it could come into the
+    group of a scope that systemd has just let go of. JailmgrError `unavailable` where it has ended.
+    """
+    try:
+        os.mkdir(f"{scope}/{_LEAF}", 0o755)
+    except FileExistsError:
+        pass
+    with open("/proc/self/cgroup", encoding="ascii") as file:
+        within = any(line.rstrip("\n").split(":", 2)[2].split("/")[-1] == os.path.basename(scope) for line in file)
+    if within:
+        write(f"{scope}/{_LEAF}/cgroup.procs", "0")
+        return
+    program = shutil.which("busctl", path=_PATH)
+    unit, pid = os.path.basename(scope), str(os.getpid())
+    attach = ["--quiet", "call", *_MANAGER, "AttachProcessesToUnit", "ssau", unit, f"/{_LEAF}", "1", pid]
+    if program is None or _run([program, *attach]) != 0:
+        raise JailmgrError(f"scope {unit}", "systemd has just ended it", "Try again.", "unavailable")

@@ -152,7 +152,7 @@ def test_a_process_is_in_every_group_of_the_jail(jail: Jail) -> None:
     for controller in jail.h.v1:
         assert next(where for names, where in at.items() if controller in names.split(",")).endswith(f"/{jail.cgroup}")
     if jail.h.unified:
-        assert at[""].endswith(f"/{jail.cgroup}/payload")
+        assert at[""].endswith(f"/{relative(jail.cgroup)}/payload")
     assert cgroups.members(jail.h, jail.cgroup) == [process.pid]
     assert cgroups.members(jail.h, jail.root_name) == [process.pid]
     memory, cpu, processes = cgroups.usage(jail.h, jail.cgroup)
@@ -280,7 +280,7 @@ def test_cpus_of_processes_that_run_and_of_those_that_come(jail: Jail) -> None:
     assert os.sched_getaffinity(first.pid) == {every[1]}
     second = jail.run("import os, sys; print(os.sched_getaffinity(0), flush=True); sys.stdin.read()")
     assert jail.said(second).decode() == f"{{{every[1]}}}"
-    assert cgroups.directories(jail.h, jail.cgroup)["cpuset"].endswith(jail.cgroup)
+    assert cgroups.directories(jail.h, jail.cgroup)["cpuset"].endswith(relative(jail.cgroup))
     for cpus, has in ((str(every[0]), {every[0]}), (None, {*every})):
         cgroups.set_limits(jail.h, jail.cgroup, Limits(cpus=cpus))
         assert [os.sched_getaffinity(process.pid) for process in (first, second)] == [has, has]
@@ -446,7 +446,7 @@ def nest(path: str, name: str, levels: int) -> None:
 
 
 def test_groups_the_guest_made_are_removed(v2_jail: Jail) -> None:
-    payload = f"{v2_jail.h.unified}/{v2_jail.cgroup}/payload"
+    payload = f"{v2_jail.h.unified}/{relative(v2_jail.cgroup)}/payload"
     # 30 levels of names of 200 bytes: longer than PATH_MAX.
     assert as_guest_root(lambda: nest(payload, "n" * 200, 30)) == 0
     assert as_guest_root(lambda: os.makedirs(f"{payload}/system.slice/a.service")) == 0
@@ -456,7 +456,7 @@ def test_groups_the_guest_made_are_removed(v2_jail: Jail) -> None:
 
 
 def test_the_guest_is_held_in_its_payload(v2_jail: Jail) -> None:
-    at = f"{v2_jail.h.unified}/{v2_jail.cgroup}"
+    at = f"{v2_jail.h.unified}/{relative(v2_jail.cgroup)}"
     for name in ("cgroup.freeze", "cgroup.procs", "cgroup.kill", "payload/cgroup.max.descendants"):
         assert as_guest_root(partial(write, f"{at}/{name}", "1")) == errno.EACCES
     assert as_guest_root(lambda: os.mkdir(f"{at}/mine")) == errno.EACCES
@@ -467,7 +467,7 @@ def test_the_guest_is_held_in_its_payload(v2_jail: Jail) -> None:
 
 
 def test_exec_finds_a_place_the_guest_can_not_spoil(v2_jail: Jail) -> None:
-    at = f"{v2_jail.h.unified}/{v2_jail.cgroup}"
+    at = f"{v2_jail.h.unified}/{relative(v2_jail.cgroup)}"
     first = v2_jail.run(HOLD.format(size=1), cgroups.EXEC)
     v2_jail.said(first)
     assert Path(f"{at}/payload/.exec/cgroup.procs").read_text().split() == [str(first.pid)]
@@ -513,10 +513,10 @@ def test_remove_waits_for_processes_that_end(jail: Jail) -> None:
 def test_a_new_start_begins_with_nothing_of_the_last(jail: Jail) -> None:
     cgroups.set_limits(jail.h, jail.cgroup, Limits(processes=7))
     if jail.h.unified:
-        assert as_guest_root(lambda: os.mkdir(f"{jail.h.unified}/{jail.cgroup}/payload/old")) == 0
+        assert as_guest_root(lambda: os.mkdir(f"{jail.h.unified}/{relative(jail.cgroup)}/payload/old")) == 0
     cgroups.create_jail_group(jail.h, jail.cgroup, BASE)
     assert read(jail.place("pids", "pids.max")) == "max"
-    assert not os.path.exists(f"{jail.h.unified}/{jail.cgroup}/payload/old")
+    assert not os.path.exists(f"{jail.h.unified}/{relative(jail.cgroup)}/payload/old")
 
 
 def test_groups_are_listed_and_a_jail_may_be_named_tasks(jail: Jail) -> None:
