@@ -64,7 +64,10 @@ def pin(h: Hierarchies, cgroup: str, cpus: str | None) -> None:
     Raises OSError; JailmgrError `conflict` where processes come faster than they can be moved (v1).
     """
     if "cpuset" in h.v2:
-        _write(f"{h.unified}/{relative(cgroup)}/cpuset.cpus", cpus or "")
+        at = f"{h.unified}/{relative(cgroup)}"
+        if cpus is not None or read(f"{at}/cpuset.cpus"):
+            # Not emptied again: Debian 12's Linux 6.1 refuses that of a group with processes (ENOSPC).
+            _write(f"{at}/cpuset.cpus", cpus or read(f"{os.path.dirname(at)}/cpuset.cpus.effective"))
         return
     group = f"{h.cpuset}/{relative(cgroup)}" if h.cpuset else ""
     if not group:
@@ -79,7 +82,7 @@ def pin(h: Hierarchies, cgroup: str, cpus: str | None) -> None:
 def _write(path: str, cpus: str) -> None:
     """Where another list is there: a write of the same one has the kernel rebuild its scheduling domains."""
     if parse_cpus(read(path)) != parse_cpus(cpus):
-        write(path, cpus or "\n")  # a write of nothing would not reach the controller
+        write(path, cpus)
 
 
 def _move_all(h: Hierarchies, cgroup: str, procs: str) -> None:
