@@ -154,7 +154,7 @@ def test_a_process_is_in_every_group_of_the_jail(jail: Jail) -> None:
     if jail.h.unified:
         assert at[""].endswith(f"/{relative(jail.cgroup)}/payload")
     assert cgroups.members(jail.h, jail.cgroup) == [process.pid]
-    assert cgroups.members(jail.h, jail.root_name) == [process.pid]
+    assert cgroups.members(jail.h, jail.tenant) == [process.pid]
     memory, cpu, processes = cgroups.usage(jail.h, jail.cgroup)
     assert memory is not None
     assert memory > 0
