@@ -21,7 +21,7 @@ from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
 from jailmgr.manager.pinning import follow_pin
-from jailmgr.manager.totals import ensure_totals
+from jailmgr.manager.totals import renew_totals
 from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import running
 from jailmgr.runtime import attach, cgroups
@@ -53,7 +53,7 @@ def reconcile(m: Manager) -> None:
         attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in alive}:
-        attempt(f"the totals of {tenant}", partial(ensure_totals, m, tenant))
+        attempt(f"the totals of {tenant}", partial(renew_totals, m, tenant))
     for tenant in {jail.tenant for jail in m.store.jails() if jail.name in running_jails(m.root, jail.tenant)}:
         attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
     attempt("lxcfs", partial(lxcfs.settle, m, bool(alive)))

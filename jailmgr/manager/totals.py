@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from jailmgr.errors import JailmgrError
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of, cpus_of, kernel_limits, tenant_limits, write_bundle
+from jailmgr.manager.plan import cgroup_of, cpus_of, kernel_limits, limits_of, tenant_limits, write_bundle
 from jailmgr.manager.view import running
 from jailmgr.model import Jail, Tenant
 from jailmgr.runtime import cgroups
@@ -30,6 +31,37 @@ def ensure_totals(m: Manager, name: str) -> None:
     cgroups.tenant_group(m.hierarchies, m.root.cgroup, name)
     cgroups.set_limits(m.hierarchies, group, limits)
     m.totals[name] = (limits, cgroups.identity(m.hierarchies, group))
+
+
+def renew_totals(m: Manager, name: str) -> None:
+    """Of a tenant with running jails: have the kernel say what the store says, whatever a crash in between has left.
+
+    On v1 neither the tenant's nor a jail's CPU quota may come first in every case: the jails' are tried where it is not
+    the tenant's. Raises JailmgrError.
+    """
+    with m.tenant(name):
+        tenant = m.store.tenant(name)
+        m.totals[name] = (Limits(), 0)
+        try:
+            ensure_totals(m, name)
+        except JailmgrError as error:
+            if error.code != "conflict":
+                raise
+            _hold_jails(m, tenant)
+            ensure_totals(m, name)
+        _hold_jails(m, tenant)
+        if m.pool_if_open is not None and nests(m.pool):
+            disk = tenant.config.get("limits.disk")
+            hold_tenant(m.pool, tenant.id, parse_size(disk) if disk else None)
+
+
+def _hold_jails(m: Manager, tenant: Tenant) -> None:
+    """What depends on the tenant's totals: CPU quotas on v1, in the kernel and in what a jail reboots with."""
+    for jail in _running(m, tenant.name) if "cpu" in m.hierarchies.v1 else []:
+        if limits_of(jail.config).cpu_quota is not None:
+            cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+            cgroups.set_limits(m.hierarchies, cgroup, kernel_limits(m, jail, tenant))
+            write_bundle(m, jail)
 
 
 def hold_volumes(m: Manager, tenant: Tenant) -> None:

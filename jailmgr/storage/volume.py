@@ -74,8 +74,8 @@ def nests(pool: Pool) -> bool:
     return pool.mode != "project"
 
 
-def hold_tenant(pool: Pool, tenant_id: int, size: int) -> None:
-    """`limit_tenant` to what was checked before, as a volume of it is made: in a pool that may be another one."""
+def hold_tenant(pool: Pool, tenant_id: int, size: int | None) -> None:
+    """`limit_tenant` to what was checked before: in a pool that may be another one, or that a crash kept from it."""
     with _told("size of the tenant's volumes"):
         kind_of(pool).limit_tenant(pool, tenant_id, size)
 

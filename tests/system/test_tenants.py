@@ -11,6 +11,7 @@ import pytest
 
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.cgroup_hierarchies import directory
+from jailmgr.store import Store
 from tests.system.conftest import MakeJail, numbers
 from tests.system.instance import Instance, until
 
@@ -284,6 +285,25 @@ def test_totals_outlive_the_engine_and_the_last_jail(jm: Instance, make_tenant: 
     jm("engine", "stop")
     jm("start", jail)
     assert (group(jm, "pids", name) / "pids.max").read_text() == "77\n"
+
+
+@pytest.mark.parametrize("ends", [0.5, 4.0])
+def test_a_change_that_a_crash_cut_off_is_gone_on_with(jm: Instance, make_tenant: MakeTenant, ends: float) -> None:
+    """The store has it, the kernel and the jail's bundle not yet: lower than the jail's own, and higher."""
+    name = make_tenant("--cpus", "1", "--processes", "70", "-c", "limits.overcommit=true")
+    (jail,) = launch(jm, name, 1, "--cpus", "2")
+    jm("engine", "stop")
+    store = Store(jm.root.store)
+    store.open()
+    store.set_tenant_config(name, {"limits.cpu.allowance": f"{round(ends * 100)}ms/100ms"})
+    store.close()
+    jm.json("list")
+    assert _quota(jm, name) == ends
+    assert _quota(jm, name, "j0") in (min(ends, 2.0), 2.0)
+    assert (group(jm, "pids", name) / "pids.max").read_text() == "max\n"
+    before = jm.info(jail)["init_pid"]
+    jm.sh(jail, "reboot", status=None)
+    until(lambda: jm.info(jail)["init_pid"] not in (None, before), 20, "it reboots")
 
 
 def test_memory_that_is_kept(jm: Instance, make_tenant: MakeTenant) -> None:
