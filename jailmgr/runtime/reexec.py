@@ -107,6 +107,7 @@ def _session(session: Session) -> dict[str, Any]:
         "shows": "" if shows is None else shows.name,
         "stops": session.stops,
         "admitted": session.admitted,
+        "used": session.used,
         "child": None if child is None else {"pidfd": child.pidfd, "signalled": child.signalled},
     }
 
@@ -134,7 +135,8 @@ def restore(supervisor: Supervisor, content: dict[str, Any]) -> None:
         _restore_jail(jails[name], told)
     for told in content["sessions"]:
         session = supervisor.add_session(socket.socket(fileno=told["sock"]))
-        session.admitted = told.get("admitted")
+        if told.get("admitted"):
+            session.admit(told["admitted"], told["used"])
         session.console_of = jails.get(told["shows"])
         if told["child"]:
             session.child = Child.of_program(session, told["child"]["pidfd"], told["child"]["signalled"])

@@ -17,6 +17,7 @@ from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, archive, cgroups, enter, lxcfs, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
 from jailmgr.runtime.jail import Jail, signal_number
+from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.pty import fs_type
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _OF_INIT = {"TERM", "GLIBC_TUNABLES"}
 _PIPEFS_MAGIC = 0x50495045
 ADMITTED_MAX = 64
 """Sessions of users in one jail: each costs the supervisor a descriptor, and some memory."""
+ADMITTED_SECONDS = 10.0
+"""For a user's session to begin something: whether he may was asked when he was admitted, and is not asked again."""
 
 
 class Session:
@@ -42,6 +45,7 @@ class Session:
         self.console_of: Jail | None = None
         self.admitted: dict[str, str] | None = None
         """For a user who is not root: the one jail, and its directory, that all requests are about."""
+        self._unused: Timer | None = None
         self.stops = ""
         """Name of the jail whose end is waited for."""
         self._on_close: Callable[[], None] | None = None
@@ -52,6 +56,17 @@ class Session:
     def steady(self) -> bool:
         """Whether all that it waits for can be told to another release."""
         return self._on_close is None and (self.child is None or self.child.steady)
+
+    def admit(self, jail: dict[str, str], used: bool = False) -> None:
+        """Take requests about this jail only, and one that begins something: who may make it was asked a moment ago."""
+        self.admitted = jail
+        if not used:
+            self._unused = self.supervisor.loop.after(ADMITTED_SECONDS, self.close)
+
+    @property
+    def used(self) -> bool:
+        """Whether a user has begun with it what it was for."""
+        return self._unused is None
 
     def tell(self, body: dict[str, Any], fds: list[int] | None = None) -> None:
         """Answer; a client that has gone or doesn't read is let go."""
@@ -73,6 +88,8 @@ class Session:
         self._open = False
         self.supervisor.loop.forget(self.sock.fileno())
         self.sock.close()
+        if self._unused is not None:
+            self._unused.cancel()
         if self.child is not None:
             self.child.signal(signal.SIGHUP)
             self.child.signal(signal.SIGCONT)
@@ -91,9 +108,7 @@ class Session:
             self.close()
             return
         try:
-            if self.admitted is not None:
-                message.body |= self.admitted
-            operation = (_OPERATIONS if self.admitted is None else _OF_USERS).get(str(message.body.get("op")))
+            operation = self._operation(message.body)
             spoken = message.body.get("v") == protocol.VERSION or operation in (Session._hello, Session._reexec)
             if operation is None or not spoken:
                 raise JailmgrError("supervisor", f"does not know {message.body.get('op')!r}", "", "invalid")
@@ -106,6 +121,21 @@ class Session:
             self.tell(told(JailmgrError("request", f"malformed ({error!r})", "", "invalid")))
         finally:
             protocol.close_all(message.fds)
+
+    def _operation(self, body: dict[str, Any]) -> Callable[[Session, dict[str, Any], list[int]], None] | None:
+        name = str(body.get("op"))
+        if self.admitted is None:
+            return _OPERATIONS.get(name)
+        body |= self.admitted
+        if name in _OF_USERS:
+            if self.used:
+                raise JailmgrError(
+                    f"jail {self.admitted['jail']}", "this session has been used", "Try again.", "denied"
+                )
+            assert self._unused is not None
+            self._unused.cancel()
+            self._unused = None
+        return _OPERATIONS[name] if name in (*_OF_USERS, *_AFTERWARDS) else None
 
     def _hello(self, body: dict[str, Any], fds: list[int]) -> None:
         about = {"release": __version__, "snapshot": protocol.SNAPSHOT}
@@ -180,7 +210,7 @@ class Session:
         if sum(session.admitted == admitted for session in self.supervisor.sessions) >= ADMITTED_MAX:
             why = f"{ADMITTED_MAX} sessions of users are open in it"
             raise JailmgrError(f"jail {admitted['jail']}", why, "End some of them.", "unavailable")
-        self.supervisor.add_session(socket.socket(fileno=os.dup(sock))).admitted = admitted
+        self.supervisor.add_session(socket.socket(fileno=os.dup(sock))).admit(admitted)
         self.tell({})
 
     def _reexec(self, body: dict[str, Any], fds: list[int]) -> None:
@@ -299,7 +329,7 @@ _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
     "window": Session._window,
     "admit": Session._admit,
 }
-_OF_USERS = {name: _OPERATIONS[name] for name in ("hello", "exec", "signal", "archive", "console", "window")}
+_OF_USERS, _AFTERWARDS = ("exec", "archive", "console"), ("hello", "signal", "window")
 
 
 def _give_pipes(fds: list[int], base: int) -> None:

@@ -249,7 +249,8 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
         assert b"second" not in os.read(ear, 100)
         for fd in (ear, null):
             os.close(fd)
-        assert say("archive", jail="web", path="relative", out=True)["error"]
+        for op in ("exec", "archive", "console"):
+            assert say(op, args=["true"], env={}, path="/root", out=True)["error"]["code"] == "denied", op
         protocol.send(sock, {"op": "x" * 1000})
         assert protocol.receive(sock)
         sock.send(b"\0not json")
