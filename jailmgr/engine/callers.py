@@ -7,6 +7,7 @@ theirs together use a pool of threads of their own, so that root's requests neve
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import struct
 from array import array
@@ -34,8 +35,8 @@ def caller_of(sock: socket.socket) -> Caller:
         try:
             others = array("I", sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, size * 4))
         except OSError as error:
-            # ERANGE: more of them than that.
-            if error.errno != 34 or size > 65536:
+            # It is in more of them than that.
+            if error.errno != errno.ERANGE or size > 65536:
                 raise
             size *= 4
             continue

@@ -44,6 +44,7 @@ class Door:
         self._serving: asyncio.Task[None] | None = None
         self._sessions: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._settling = asyncio.Lock()
 
     def give(self, sockets: dict[str, socket.socket]) -> None:
         """Use sockets that systemd listens on in our stead, by name of their file."""
@@ -51,10 +52,16 @@ class Door:
 
     async def settle(self, wanted: bool) -> None:
         """Open it or close it; fine where it is so already."""
-        if wanted or self._given:
-            await self._open()
-        else:
-            await self.close()
+        async with self._settling:
+            if wanted or self._given:
+                await self._open()
+            else:
+                await self._close()
+
+    async def close(self) -> None:
+        """End it; sessions go on, they are the supervisors'."""
+        async with self._settling:
+            await self._close()
 
     async def _open(self) -> None:
         if self._server is not None:
@@ -73,17 +80,17 @@ class Door:
         await served.wait()
         log.info("users who are not root are served at %s", self._root.user_socket)
 
-    async def close(self) -> None:
-        """End it; sessions go on, they are the supervisors'."""
-        if self._server is None or self._serving is None or self._sessions is None:
-            return
-        asyncio.get_running_loop().remove_reader(self._sessions.fileno())
+    async def _close(self) -> None:
         if not self._given:
+            # Those of an engine that was killed, too.
             for name in ("engine.sock", protocol.SESSIONS):
                 with suppress(FileNotFoundError):
                     os.unlink(f"{self._root.users}/{name}")
             with suppress(OSError):
                 os.rmdir(self._root.users)
+        if self._server is None or self._serving is None or self._sessions is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._sessions.fileno())
         self._sessions.close()
         self._server.leave.set()
         await self._serving
@@ -100,7 +107,11 @@ class Door:
             _counted: int | None = None
 
             def let_in(self, sock: socket.socket) -> None:
-                caller = caller_of(sock)
+                try:
+                    caller = caller_of(sock)
+                except OSError:
+                    self.app = _crowded
+                    return
                 if shares.connect(caller.uid):
                     self._counted = caller.uid
                     self.app = _Known(caller, self.app)

@@ -76,8 +76,8 @@ async def _serve(root: Root, manager: Manager, serves: Callable[[], None], given
     if listening is None:
         with suppress(FileNotFoundError):
             os.unlink(root.socket)
-    await door.close()
     idle = await operations.close(GRACE_SECONDS)
+    await door.close()
     server.leave.set()
     await serving
 
