@@ -83,17 +83,19 @@ def enter(scope: str) -> None:
     From outside of the scope by systemd (AttachProcessesToUnit): written there by ourselves, it could come into the
     group of a scope that systemd has just let go of. JailmgrError `unavailable` where it has ended.
     """
+    unit, gone = os.path.basename(scope), "systemd has just ended it"
     try:
         os.mkdir(f"{scope}/{_LEAF}", 0o755)
     except FileExistsError:
         pass
+    except FileNotFoundError as error:
+        raise JailmgrError(f"scope {unit}", gone, "Try again.", "unavailable") from error
     with open("/proc/self/cgroup", encoding="ascii") as file:
-        within = any(line.rstrip("\n").split(":", 2)[2].split("/")[-1] == os.path.basename(scope) for line in file)
+        within = any(line.rstrip("\n").endswith(f"/{unit}") for line in file)
     if within:
         write(f"{scope}/{_LEAF}/cgroup.procs", "0")
         return
     program = shutil.which("busctl", path=_PATH)
-    unit, pid = os.path.basename(scope), str(os.getpid())
-    attach = ["--quiet", "call", *_MANAGER, "AttachProcessesToUnit", "ssau", unit, f"/{_LEAF}", "1", pid]
+    attach = ["--quiet", "call", *_MANAGER, "AttachProcessesToUnit", "ssau", unit, f"/{_LEAF}", "1", str(os.getpid())]
     if program is None or _run([program, *attach]) != 0:
-        raise JailmgrError(f"scope {unit}", "systemd has just ended it", "Try again.", "unavailable")
+        raise JailmgrError(f"scope {unit}", gone, "Try again.", "unavailable")
