@@ -138,7 +138,7 @@ def usage(
 
 def _billed(settings: Settings, name: str | None, since: str | None, until: str | None) -> int:
     now = time.time()
-    began, ended = _time("--since", since, now, 0.0), _time("--until", until, now, now)
+    began, ended = _time("--since", since, now, 0.0), min(_time("--until", until, now, now), now)
     if began > ended:
         raise wrong_usage("tenant usage", "the span ends before it begins", "Give --since an earlier time.")
     whose = f"&project={name}" if name else ""

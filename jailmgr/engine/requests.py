@@ -121,7 +121,7 @@ def number(request: Request, name: str, default: float) -> float:
         found = float(text) if text else default
     except ValueError:
         found = float("nan")
-    if not -1 <= found < 2**40:
+    if not -1 <= found < 2**31:
         raise JailmgrError(f"parameter {name}", f"{text!r} is not a number this takes", "", "invalid")
     return found
 

@@ -18,6 +18,7 @@ from jailmgr.manager.plan import cpus_of, disk_of, limits_of
 from jailmgr.manager.ports import ports_of
 from jailmgr.model import Amounts, Image, Jail, Port, Tenant
 from jailmgr.storage.volume import nests
+from jailmgr.template.recipe import Build
 from jailmgr.tenant_keys import may_overcommit, parse_list, parse_ports
 from jailmgr.units import format_size, parse_size
 
@@ -35,7 +36,6 @@ KEYS = {
 
 COUNTED = ("instances", "networks", "snapshots", "ports")
 """The kernel doesn't know these: they are never overcommitted."""
-
 
 PRIVILEGED = 1024
 """Ports below are root's, as everywhere (ip_unprivileged_port_start, ip-sysctl)."""
@@ -113,7 +113,7 @@ def admit(m: Manager, jail: Jail, before: Jail | None = None) -> None:
     Raises JailmgrError `full`, with what is used and what was asked.
     """
     tenant = m.store.find_tenant(jail.tenant)
-    if tenant is None:
+    if tenant is None or totals_of(tenant.config) == Amounts():
         return
     old, new = promise_of(before) if before else Promise(), promise_of(jail)
     asked = Amounts(
@@ -124,8 +124,6 @@ def admit(m: Manager, jail: Jail, before: Jail | None = None) -> None:
         disk_bytes=new.disk_bytes - old.disk_bytes,
         ports=new.ports - old.ports,
     )
-    if not any(key in tenant.config for key in KEYS.values()) and "limits.cpu.allowance" not in tenant.config:
-        return
     _compare(m, tenant, asked)
 
 
@@ -235,17 +233,17 @@ def _check_ports(tenant: Tenant, ports: list[Port]) -> None:
             )
 
 
-def check_source_allowed(tenant: Tenant | None, source: str, image: Image | None) -> None:
-    """Refuse a template or image that the tenant may not use, by whatever name it is asked for. JailmgrError `denied`.
+def check_source_allowed(tenant: Tenant | None, found: Image | Build) -> None:
+    """Refuse a template or image that the tenant may not use, by whatever name it was asked for. JailmgrError `denied`.
 
-    `image` is what `source` stands for, where that is an image already.
+    `found`: as find_source has it.
     """
     if tenant is None or "restricted.images" not in tenant.config:
         return
     allowed = parse_list(tenant.config["restricted.images"])
-    names = [image.template, image.fingerprint, *image.aliases] if image is not None else [source]
+    names = [found.source] if isinstance(found, Build) else [found.template, found.fingerprint, *found.aliases]
     if not any(name == word or name.startswith(f"{word}/") for name in names for word in allowed):
-        raise _denied(tenant.name, f"source {source}", "restricted.images", allowed)
+        raise _denied(tenant.name, f"source {names[0]}", "restricted.images", allowed)
 
 
 def _denied(tenant: str, what: str, key: str, allowed: list[str]) -> JailmgrError:

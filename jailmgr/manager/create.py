@@ -41,7 +41,7 @@ def check_new(m: Manager, tenant: str, name: str | None, source: str, config: Co
             f"jail {name}", "there is one of that name already", "Choose another name, or delete it first.", "exists"
         )
     found = find_source(m, source)
-    check_source_allowed(m.store.find_tenant(tenant), source, found if isinstance(found, Image) else None)
+    check_source_allowed(m.store.find_tenant(tenant), found)
     device = placed.get("eth0", {})
     networks.check_network(m, tenant, device.get("network", networks.DEFAULT))
     if wanted := device.get("ipv4.address"):

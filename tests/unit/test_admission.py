@@ -30,6 +30,7 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
 from jailmgr.model import Image, Jail, Network, Recipe
 from jailmgr.storage.kind import Pool
+from jailmgr.template.recipe import Build
 from jailmgr.tenant_keys import TENANT, check_tenant_config, parse_list, parse_ports
 
 MIB = 1 << 20
@@ -85,6 +86,10 @@ def attempt(do: Callable[[], object], *codes: str) -> bool:
             raise
         return False
     return True
+
+
+def build(template: str, release: str) -> Build:
+    return Build(template, release, "", "busybox", "x86_64", [], Recipe(), [], [], [], [], [], None, {}, "")
 
 
 def test_a_count_is_told_with_what_is_used_and_what_was_asked(m: Manager) -> None:
@@ -224,11 +229,24 @@ def test_restrictions(m: Manager) -> None:
 )
 def test_sources(m: Manager, source: str, template: str | None, allowed: bool) -> None:
     m.store.add_tenant("acme", {"restricted.images": "debian,alpine/3.20"}, 1)
-    image = Image("0123abcd", template, [], 0, 0.0, "x86_64", Recipe()) if template else None
+    found: Image | Build = Image("0123abcd", template or "", [], 0, 0.0, "x86_64", Recipe())
+    if template is None:
+        name, _, release = source.partition("/")
+        found = build(name, release or "static")
     if allowed:
-        check_source_allowed(m.store.tenant("acme"), source, image)
+        check_source_allowed(m.store.tenant("acme"), found)
     else:
-        assert refusal(lambda: check_source_allowed(m.store.tenant("acme"), source, image)).code == "denied"
+        assert refusal(lambda: check_source_allowed(m.store.tenant("acme"), found)).code == "denied"
+
+
+def test_a_release_that_a_template_stands_for_is_that_release(m: Manager) -> None:
+    m.store.add_tenant("acme", {"restricted.images": "debian/bookworm"}, 1)
+    for release in ("bookworm", "trixie"):
+        found = build("debian", release)
+        if release == "bookworm":
+            check_source_allowed(m.store.tenant("acme"), found)
+        else:
+            assert refusal(lambda found=found: check_source_allowed(m.store.tenant("acme"), found)).code == "denied"  # type: ignore[misc]
 
 
 def test_a_hundred_at_once_get_ten(m: Manager) -> None:
