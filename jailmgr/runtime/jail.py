@@ -12,10 +12,10 @@ from typing import Any
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, netlink, protocol, runs, spawn
-from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
+from jailmgr.runtime.ending import ending, wait_status
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Loop, Timer
 from jailmgr.runtime.notify import Notify
@@ -240,7 +240,7 @@ class Jail:
     def _ended(self) -> None:
         if self.state is None:
             return
-        status = self._status()
+        status = wait_status(self.pidfd, self.ours)
         if status is None and not (self._reaped or self.killed):
             # An adopted init has ended, and its parent of now has not asked yet: its exit code comes with EPOLLHUP.
             self._reaped = True
@@ -251,19 +251,21 @@ class Jail:
             self._reap_timer.cancel()
             self._reap_timer = None
         state = self.state
-        ending = self._ending(status, state)
+        killed = status == signal.SIGKILL
+        out_of_memory = killed and cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills
+        told = ending(status, stopping=self.stopping, ours=self.ours, killed=self.killed, out_of_memory=out_of_memory)
         self.host.loop.forget(self.pidfd)
         os.close(self.pidfd)
         if self.kill_timer is not None:
             self.kill_timer.cancel()
             self.kill_timer = None
-        again = ending["kind"] == "reboot" and not self.stopping and not self.once
-        failed = ending["kind"] in ("oom", "unknown", "signal") or (ending["kind"] == "exit" and ending["status"] != 0)
-        if not self.stopping and ending["kind"] != "reboot":
+        again = told["kind"] == "reboot" and not self.stopping and not self.once
+        failed = told["kind"] in ("oom", "unknown", "signal") or (told["kind"] == "exit" and told["status"] != 0)
+        if not self.stopping and told["kind"] != "reboot":
             again = self.bundle.restart == "always" or (self.bundle.restart == "on-failure" and failed)
         self.note_run(state, seen=True)
         self._forget()
-        self.log.note(f"ended: {ending['kind']} by {ending['by']}")
+        self.log.note(f"ended: {told['kind']} by {told['by']}")
         try:
             self.clear()
         except (JailmgrError, OSError) as error:
@@ -272,10 +274,10 @@ class Jail:
         if time() - state.started_at > STEADY_SECONDS:
             self.tries = 0
         if not again:
-            self._settle(ending, final=True)
+            self._settle(told, final=True)
             return
-        self._note_last(ending)
-        if ending["kind"] == "reboot" and self.tries == 0:
+        self._note_last(told)
+        if told["kind"] == "reboot" and self.tries == 0:
             self.tries += 1
             self.restarts = state.restarts + 1
             self._start_again()
@@ -341,37 +343,6 @@ class Jail:
         if final:
             self.log.close()
         self.host.changed(self)
-
-    def _status(self) -> int | None:
-        """Wait status (wait(2)); None where an adopted jail's can't be known."""
-        if self.ours:
-            info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-            if info is None:
-                return None
-            return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
-        return kernel.pidfd_exit_status(self.pidfd)
-
-    def _ending(self, status: int | None, state: State) -> dict[str, Any]:
-        """What a wait status means for process 1 of a pid namespace (reboot(2), "Behavior inside PID namespaces")."""
-        ended: dict[str, Any] = {"at": time(), "by": self.stopping or "guest", "status": 0}
-        if status is None:
-            return ended | {"kind": "unknown", "by": self.stopping or "host"}
-        if status == signal.SIGKILL and not self.stopping:
-            if cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills:
-                return ended | {"kind": "oom", "by": "kernel", "status": status}
-            if self.ours:
-                return ended | {"kind": "signal", "by": "host", "status": status}
-        if status in (0, signal.SIGKILL) and not self.ours and not self.killed:
-            # The INT or HUP that reboot(2) leaves is told to init's parent only, which is not us.
-            return ended | {"kind": "poweroff" if self.stopping else "unknown"}
-        if os.WIFEXITED(status):
-            return ended | {"kind": "exit", "status": os.WEXITSTATUS(status)}
-        number = os.WTERMSIG(status)
-        if number == signal.SIGINT:
-            return ended | {"kind": "poweroff"}
-        if number == signal.SIGHUP:
-            return ended | {"kind": "reboot"}
-        return ended | {"kind": "signal", "status": number}
 
     def _forget(self) -> None:
         """The process is gone: so are its console, its notify socket and its state."""

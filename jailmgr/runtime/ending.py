@@ -1,0 +1,47 @@
+"""How a jail's init ended: its wait status, and what that means. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import signal
+from time import time
+from typing import Any
+
+from jailmgr.runtime.syscalls import pidfd_exit_status
+
+
+def wait_status(pidfd: int, ours: bool) -> int | None:
+    """Of an init that has ended (wait(2)), our child or an adopted one; None where an adopted one's can't be known."""
+    if not ours:
+        return pidfd_exit_status(pidfd)
+    info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    if info is None:
+        return None
+    return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
+
+
+def ending(status: int | None, *, stopping: str, ours: bool, killed: bool, out_of_memory: bool) -> dict[str, Any]:
+    """What a wait status means for process 1 of a pid namespace (reboot(2), "Behavior inside PID namespaces").
+
+    As JSON has a model.Ending. `stopping`: who asked for the end; empty for nobody. `killed`: by us. `out_of_memory`: the
+    kernel killed some process of the jail for want of memory.
+    """
+    ended: dict[str, Any] = {"at": time(), "by": stopping or "guest", "status": 0}
+    if status is None:
+        return ended | {"kind": "unknown", "by": stopping or "host"}
+    if status == signal.SIGKILL and not stopping:
+        if out_of_memory:
+            return ended | {"kind": "oom", "by": "kernel", "status": status}
+        if ours:
+            return ended | {"kind": "signal", "by": "host", "status": status}
+    if status in (0, signal.SIGKILL) and not ours and not killed:
+        # The INT or HUP that reboot(2) leaves is told to init's parent only, which is not us.
+        return ended | {"kind": "poweroff" if stopping else "unknown"}
+    if os.WIFEXITED(status):
+        return ended | {"kind": "exit", "status": os.WEXITSTATUS(status)}
+    number = os.WTERMSIG(status)
+    if number == signal.SIGINT:
+        return ended | {"kind": "poweroff"}
+    if number == signal.SIGHUP:
+        return ended | {"kind": "reboot"}
+    return ended | {"kind": "signal", "status": number}
