@@ -23,8 +23,8 @@ def wait_status(pidfd: int, ours: bool) -> int | None:
 def ending(status: int | None, *, stopping: str, ours: bool, killed: bool, out_of_memory: bool) -> dict[str, Any]:
     """What a wait status means for process 1 of a pid namespace (reboot(2), "Behavior inside PID namespaces").
 
-    As JSON has a model.Ending. `stopping`: who asked for the end; empty for nobody. `killed`: by us. `out_of_memory`: the
-    kernel killed some process of the jail for want of memory.
+    As JSON has a model.Ending. `stopping`: who asked for the end; empty for nobody. `killed`: by us. `out_of_memory`:
+    the kernel killed some process of the jail for want of memory.
     """
     ended: dict[str, Any] = {"at": time(), "by": stopping or "guest", "status": 0}
     if status is None:
