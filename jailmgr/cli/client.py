@@ -160,8 +160,15 @@ def ensure_engine(root: Root) -> Connection:
         if connection is None:
             from jailmgr.cli.engine_start import start_engine
 
-            start_engine(root)
-            connection = connect(root)
+            try:
+                start_engine(root)
+            except JailmgrError:
+                # One begun by a command that was killed may serve by now, and then ours gives way to it.
+                connection = connect(root)
+                if connection is None:
+                    raise
+            else:
+                connection = connect(root)
     finally:
         os.close(lock)
     if connection is None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,6 +256,32 @@ def test_sigkill_in_the_middle_of_a_delete(jm: Instance, busybox_jail: MakeJail,
     if not jm.gone(name):
         jm("delete", "--force", name)
     assert jm.gone(name)
+
+
+def test_an_engine_whose_starter_was_killed_serves_who_starts_another(jm: Instance) -> None:
+    jm("engine", "stop")
+    lock = Path(jm.root.run, "engine.lock")
+    before, deadline = lock.read_text(), time.monotonic() + 20
+    starter = jm.popen("list", stdout=subprocess.DEVNULL)
+    while lock.read_text() in ("", before):
+        assert time.monotonic() < deadline, "no engine begins"
+    engine = int(lock.read_text())
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        starter.kill()
+        starter.wait()
+        assert not os.path.exists(jm.root.socket)
+        second = jm.popen("list", stdout=subprocess.DEVNULL)
+        inode = f":{lock.stat().st_ino} "
+        until(
+            lambda: any("-> FLOCK" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()),
+            20,
+            "another engine waits for the first one's end",
+        )
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    assert second.wait(60) == 0
+    assert jm.engine_pid() == engine
 
 
 def test_a_killed_engine_leaves_nothing_doctor_cannot_name(jm: Instance, busybox_jail: MakeJail) -> None:
