@@ -23,7 +23,8 @@ COPIED = {
     "usr/lib/systemd/system": "packaging/systemd/*",
     "usr/lib/sysctl.d/50-jailmgr.conf": "packaging/sysctl/jailmgr.conf",
     "usr/lib/tmpfiles.d/jailmgr.conf": "packaging/tmpfiles/jailmgr.conf",
-    "etc/apparmor.d": "packaging/apparmor/*",
+    "etc/apparmor.d/jailmgr": "packaging/apparmor/jailmgr",
+    "etc/apparmor.d/abi/jailmgr": "packaging/apparmor/abi/jailmgr",
     "usr/share/lintian/overrides/jailmgr": "packaging/debian/lintian-overrides",
 }
 """Path in the package (a folder where there is a *) and in the tree."""

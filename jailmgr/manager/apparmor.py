@@ -69,9 +69,9 @@ def profile_file() -> str:
 
 
 def _digest(path: str) -> str:
-    """Of the text and of the site's part of it."""
+    """Of the text, the features that it goes by and the site's part of it."""
     digest = hashlib.sha256()
-    for part in (path, f"{ETC}/local/{PROFILE}"):
+    for part in (path, f"{os.path.dirname(path)}/abi/{PROFILE}", f"{ETC}/local/{PROFILE}"):
         try:
             with open(part, "rb") as file:
                 digest.update(file.read())
@@ -89,7 +89,7 @@ def _load(parser: str, path: str) -> None:
     what, hint = "AppArmor profile", f"See: apparmor_parser --replace {path}"
     try:
         done = subprocess.run(
-            [parser, "--replace", "--skip-cache", "--skip-read-cache", path],
+            [parser, "--replace", "--skip-cache", "--skip-read-cache", f"--Include={os.path.dirname(path)}", path],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -14,7 +14,7 @@ LASTING = "lasting"
 BOOTS_WITHIN = 300
 SANDBOX = (
     "PrivateTmp=yes", "PrivateDevices=yes", "ProtectSystem=strict", "ProtectHome=yes", "ProtectKernelTunables=yes",
-    "NoNewPrivileges=yes", "DynamicUser=yes", "MemoryMax=64M", "TasksMax=20",
+    "NoNewPrivileges=yes", "DynamicUser=yes", "PrivateNetwork=yes", "MemoryMax=64M", "TasksMax=20",
 )  # fmt: skip
 
 
