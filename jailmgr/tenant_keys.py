@@ -88,6 +88,9 @@ TENANT: dict[str, Key] = {
     "limits.processes": Key(whole(1, 4_194_304), True, "Number of processes and threads."),
     "limits.snapshots": Key(whole(0, 1_000_000), True, "Number of snapshots."),
     "restricted.containers.nesting": Key(one_of("block"), True, "Whether its jails may hold jails: none may yet."),
+    "restricted.devices.disk": Key(
+        one_of("block"), True, "Whether its jails may have directories of the host mounted: none may yet."
+    ),
     "restricted.images": Key(
         _words(_SOURCE, "a template or image"), True,
         "Templates and images its jails may be made of, as `debian,alpine/3.20`; all where it isn't set.",

@@ -319,6 +319,7 @@ def test_no_total_is_ever_passed(seed: int, jails: int, memory: int, tmp_path_fa
         ("limits.io", ["20MiB", "500iops"], ["fast", "0"]),
         ("limits.overcommit", ["true", "no"], ["maybe"]),
         ("restricted.containers.nesting", ["block"], ["allow"]),
+        ("restricted.devices.disk", ["block"], ["allow", "managed"]),
         ("restricted.ports", ["", "80", "443, 8000-8999"], ["0", "70000", "9-8", "http"]),
         ("restricted.images", ["debian,alpine/3.20"], ["../etc", "a b"]),
         ("users", ["", "alice, bob", "svc$"], ["al ice", "a/b", "-x"]),
