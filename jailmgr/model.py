@@ -165,11 +165,19 @@ class JailBilled(Billed, frozen=True):
 
 
 class TenantBilled(Billed, frozen=True):
-    """`since` and `until`: RFC 3339, UTC. A tenant that has been deleted since stands here as well."""
+    """`since` and `until`: RFC 3339, UTC. A tenant that has been deleted since stands here as well, and limits nothing.
+
+    cli.md's fields besides: `used` in that span, `cpu`, `memory_bytes` and `disk_bytes` as means over it.
+    """
 
     tenant: str
     since: str
     until: str
+    limits: Amounts
+    allocated: Amounts
+    used: Used
+    users: list[str]
+    supervisor_pid: int | None
     jails: list[JailBilled]
 
 

@@ -86,7 +86,7 @@ TENANT: dict[str, Key] = {
     ),
     "limits.ports": Key(whole(0, 65535), True, "Number of published ports."),
     "limits.processes": Key(whole(1, 4_194_304), True, "Number of processes and threads."),
-    "limits.snapshots": Key(whole(0, 1_000_000), True, "Number of snapshots."),
+    "limits.snapshots": Key(whole(0, 1_000_000), True, "Number of snapshots: none can be made yet."),
     "restricted.containers.nesting": Key(one_of("block"), True, "Whether its jails may hold jails: none may yet."),
     "restricted.devices.disk": Key(
         one_of("block"), True, "Whether its jails may have directories of the host mounted: none may yet."

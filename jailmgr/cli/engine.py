@@ -97,6 +97,7 @@ def autostart(settings: Settings) -> int:
     They are those with boot.autostart, and where that isn't set those that ran when the host went down.
     """
     ensure_engine(settings.root).call("POST", "/internal/autostart", within=AUTOSTART_WITHIN)
+    show(settings, {}, lambda: "")
     return 0
 
 
@@ -109,6 +110,7 @@ def shutdown(settings: Settings) -> int:
 
     if failed := shut_down(settings.root):
         raise Failures(failed, len(failed))
+    show(settings, {}, lambda: "")
     return 0
 
 

@@ -11,9 +11,9 @@ from jailmgr.cli.client import ensure_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.layout import jail_page
 from jailmgr.cli.operations import result, wait
-from jailmgr.cli.output import agreed, show
+from jailmgr.cli.output import agree, show
 from jailmgr.cli.request import Wanted, instance_request
-from jailmgr.cli.settings import Cancelled, Settings, check_label, split_name
+from jailmgr.cli.settings import Settings, check_label, split_name
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Jails: NAME or TENANT/NAME.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A jail: NAME or TENANT/NAME.")]
@@ -171,8 +171,8 @@ def delete(
 ) -> int:
     """Delete jails and all that is in them."""
     actions.check_targets("delete", names, all_)
-    if all_ and not agreed(settings, f"Delete every jail of tenant {settings.tenant}, and all that is in them?"):
-        raise Cancelled("delete", "nothing was deleted")
+    if all_:
+        agree(settings, "delete", f"Delete every jail of tenant {settings.tenant}, and all that is in them?")
     return actions.change(settings, "delete", names, all_, {"force": force})
 
 

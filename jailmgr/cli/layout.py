@@ -155,6 +155,7 @@ def jail_page(info: View) -> str:
         ("Console log", info.get("log") or "-"),
         ("Pool", info.get("pool") or "-"),
         ("Ids", info.get("idmap") or "-"),
+        ("AppArmor", info.get("apparmor") or "-"),
     ]
     by_directory: dict[str, list[str]] = {}
     for controller, directory in (info.get("cgroups") or {}).items():

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 GAP = "  "
+FREE = ("config", "devices")
+"""Objects that may have any key."""
 
 
 def show(settings: Settings, document: Any, layout: Callable[[], str]) -> None:
@@ -76,7 +78,10 @@ def printable(text: str) -> str:
 
 
 def as_csv(rows: list[Any]) -> str:
-    """RFC 4180 with a header. Objects with the same keys in every row become columns `outer.inner`, others JSON."""
+    """RFC 4180 with a header. Objects with the same keys in every row become columns `outer.inner`, others JSON.
+
+    JSON are those, too, whose keys are the user's: a column must not depend on who has what.
+    """
     import csv
     import io
 
@@ -93,7 +98,12 @@ def as_csv(rows: list[Any]) -> str:
 def _flatten(row: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in row.items():
-        if isinstance(value, dict) and value and all(_keys(other, key) == list(value) for other in rows):
+        if (
+            key not in FREE
+            and isinstance(value, dict)
+            and value
+            and all(_keys(other, key) == list(value) for other in rows)
+        ):
             flat.update({f"{key}.{inner}": what for inner, what in value.items()})
         else:
             flat[key] = value
@@ -138,13 +148,14 @@ def _error_document(error: JailmgrError) -> dict[str, Any]:
     }
 
 
-def agreed(settings: Settings, question: str) -> bool:
-    """Whether the user agrees. Asked only where stdin and stderr are terminals; --yes, and a script, agree."""
-    if settings.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
-    sys.stderr.write(f"{printable(question)} [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+def agree(settings: Settings, what: str, question: str) -> None:
+    """Ask the user, where stdin is a terminal; --yes, and a script, agree. JailmgrError where the answer is no."""
+    if settings.yes or not sys.stdin.isatty():
+        return
+    text = f"{printable(question)} [y/N] ".encode(errors="replace")
+    os.write(2 if sys.stderr.isatty() else sys.stdin.fileno(), text)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise JailmgrError(what, "nothing was deleted")
 
 
 def silence_stdout() -> None:

@@ -11,10 +11,10 @@ import typer
 from jailmgr.cli.client import ensure_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.jails import Cpus, Keys, Memory, Processes
-from jailmgr.cli.layout import beside, cpu_time
-from jailmgr.cli.output import agreed, fields, show, table
+from jailmgr.cli.layout import beside, cpu_time, local_time
+from jailmgr.cli.output import agree, fields, show, table
 from jailmgr.cli.request import merge, own_limits, split_pair
-from jailmgr.cli.settings import Cancelled, Settings, check_label, wrong_usage
+from jailmgr.cli.settings import Settings, check_label, wrong_usage
 from jailmgr.units import format_size
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A tenant.")]
@@ -89,7 +89,7 @@ def set_(
     name: Name,
     pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="Keys and their new values.")],
 ) -> int:
-    """Set keys of a tenant. They hold at once, for running jails too."""
+    """Set keys of a tenant. Limits hold at once, for running jails too; restrictions for what is asked for later."""
     return _change(settings, name, dict(split_pair(text, "") for text in pairs))
 
 
@@ -169,8 +169,7 @@ def _time(option: str, text: str | None, now: float, default: float) -> float:
 def delete(settings: Settings, name: Name) -> int:
     """Delete a tenant without jails, and its networks."""
     check_label("tenant", name)
-    if not agreed(settings, f"Delete tenant {name}?"):
-        raise Cancelled("delete", "nothing was deleted")
+    agree(settings, f"tenant {name}", f"Delete tenant {name}?")
     ensure_engine(settings.root).call("DELETE", f"/1.0/projects/{name}")
     show(settings, {"tenant": name}, lambda: "")
     return 0
@@ -249,7 +248,7 @@ def _page(tenant: dict[str, Any]) -> str:
     pid = tenant["supervisor_pid"]
     what = [
         ("Name", tenant["name"]),
-        ("Created", tenant["created_at"]),
+        ("Created", local_time(tenant["created_at"])),
         ("Users", ", ".join(tenant["users"]) or "-"),
         ("Groups", ", ".join(tenant["groups"]) or "-"),
         ("Supervisor", f"process {pid}" if pid else "-"),

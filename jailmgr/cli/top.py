@@ -32,14 +32,17 @@ def top(
     delay: Annotated[float, typer.Option("-d", "--delay", metavar="S", min=0.1, help="Seconds between looks.")] = 2.0,
     times: Annotated[int | None, typer.Option("-n", "--times", metavar="N", min=1, help="Looks, then it ends.")] = None,
 ) -> int:
-    """Show running jails, those that use the most CPU first. On a terminal until ctrl-c or q, else once."""
+    """Show running jails, those that use the most CPU first. On a terminal until ctrl-c or q, else once.
+
+    With --format json, yaml or csv the last look alone is shown.
+    """
     whose = "all-projects=true" if all_tenants else f"project={settings.tenant}"
     live = settings.format == "table" and sys.stdout.isatty()
     left = times if times is not None else (None if live else 1)
     for views in _looks(ensure_engine(settings.root), whose, delay):
         if live:
             write(HOME_AND_CLEAR + _page(views, all_tenants))
-        else:
+        elif settings.format == "table" or left == 1:
             show(settings, views, lambda views=views: _page(views, all_tenants))  # type: ignore[misc]
         left = None if left is None else left - 1
         if left == 0 or (live and _quit()):

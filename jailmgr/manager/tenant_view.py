@@ -9,6 +9,7 @@ from jailmgr.manager.accounting import usage
 from jailmgr.manager.admission import allocated, totals_of
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
 from jailmgr.manager.metering import Amounts as UsedInSpan
+from jailmgr.manager.metering import UsageRecord
 from jailmgr.manager.tenants import ensure_tenant
 from jailmgr.manager.totals import group_of
 from jailmgr.manager.view import rfc3339
@@ -35,23 +36,40 @@ def get_tenant(m: Manager, name: str) -> TenantView:
 def billed(m: Manager, tenants: list[str] | None, since: float, until: float) -> list[TenantBilled]:
     """What tenants (None: all) have used between two times, in seconds since the epoch, deleted ones too.
 
-    JailmgrError `invalid` for a span that ends before it begins.
+    JailmgrError `invalid` for a span that ends before it begins; `missing` for a tenant that isn't there and of which
+    nothing is known.
     """
+    there = {tenant.id: tenant for tenant in m.store.tenants()}
     records = (
         usage(m, None, since, until)
         if tenants is None
         else [record for tenant in tenants for record in usage(m, tenant, since, until)]
     )
-    return [
-        TenantBilled(
-            **_bill(record),
-            tenant=record.tenant,
-            since=rfc3339(since),
-            until=rfc3339(until),
-            jails=[JailBilled(**_bill(jail), jail=jail.jail) for jail in record.jails],
-        )
-        for record in records
-    ]
+    for name in {*(tenants or ())} - {record.tenant for record in records}:
+        get_tenant(m, name)
+    return [_tenant_billed(m, record, there.get(record.tenant_id), since, until) for record in records]
+
+
+def _tenant_billed(m: Manager, record: UsageRecord, tenant: Tenant | None, since: float, until: float) -> TenantBilled:
+    seconds = max(1.0, until - max(since, tenant.created_at if tenant else since))
+    watching = supervisor_process(m.root, tenant.name) if tenant else None
+    return TenantBilled(
+        **_bill(record),
+        tenant=record.tenant,
+        since=rfc3339(since),
+        until=rfc3339(until),
+        limits=totals_of(tenant.config) if tenant else Amounts(),
+        allocated=allocated(m, tenant.name) if tenant else Amounts(),
+        used=Used(
+            cpu=round(record.cpu_ns / 1e9 / seconds, 2),
+            memory_bytes=round(record.memory_byte_seconds / seconds),
+            disk_bytes=round(record.disk_byte_seconds / seconds),
+            cpu_ns=record.cpu_ns,
+        ),
+        users=parse_list(tenant.config.get("users", "")) if tenant else [],
+        supervisor_pid=watching.pid if watching else None,
+        jails=[JailBilled(**_bill(jail), jail=jail.jail) for jail in record.jails],
+    )
 
 
 def _bill(used: UsedInSpan) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jailmgr.runtime import cgroups
 from jailmgr.runtime.cgroup_hierarchies import directory
 from jailmgr.store import Store
 from tests.system.conftest import MakeJail, numbers
-from tests.system.instance import Instance, until
+from tests.system.instance import Instance, terminal, until
 
 MIB = 1 << 20
 BACKGROUND = "</dev/null >/dev/null 2>&1 &"
@@ -356,7 +356,7 @@ def test_top(jm: Instance, make_tenant: MakeTenant) -> None:
     name = make_tenant()
     idle, busy = launch(jm, name, 2, "--memory", "64MiB")
     jm.sh(busy, FOR_EVER)
-    found = jm.json("--tenant", name, "top", "-d", "0.5")
+    found = jm.json("--tenant", name, "top", "-d", "0.5", "-n", "2")
     assert [view["name"] for view in found] == ["j1", "j0"]
     assert found[0]["cpus"] > 0.2 > found[1]["cpus"]
     assert "/64.0MiB" in jm("--tenant", name, "top").out
@@ -374,9 +374,26 @@ def test_what_was_used_in_a_span(jm: Instance, make_tenant: MakeTenant) -> None:
     assert found["jails"][0]["jail"] == "j0"
     assert 0.05 < found["cpu_seconds"] < 30
     assert found["running_hours"] > 0
+    assert found["used"]["cpu_ns"] == pytest.approx(found["cpu_seconds"] * 1e9, abs=1e6)
+    assert found["used"]["disk_bytes"] > 0
+    assert found["allocated"]["instances"] == 0
     rows = jm("tenant", "usage", name, "--since", "1h", "--format", "csv").out.splitlines()
     assert rows[0].startswith("tenant,since,until,")
     assert rows[1].startswith(f"{name},")
     assert jm.json("tenant", "usage", name, "--until", "2h") == []
+    jm.refused("tenant", "usage", "nobody", "--since", "1h")
     jm.refused("tenant", "usage", "--since", "yesterday-ish", status=2)
     jm.refused("tenant", "usage", "--since", "1h", "--until", "2h", status=2)
+
+
+@pytest.mark.parametrize(("answer", "status"), [(b"n", 1), (b"y", 0)])
+def test_a_deletion_is_asked_about_at_a_terminal(jm: Instance, answer: bytes, status: int) -> None:
+    name = f"asked-{status}"
+    jm("tenant", "create", name)
+    with terminal(jm, "tenant", "delete", name) as term:
+        term.expect(b"[y/N]", 20)
+        term.write(answer + b"\n")
+        assert term.wait(20) == status
+    there = [tenant["name"] for tenant in jm.json("tenant", "list")]
+    assert (name in there) == bool(status)
+    jm("tenant", "delete", name, status=None)

@@ -28,7 +28,7 @@ CONTROLLERS = {
     "memory": "limits.memory",
     "cpu": "limits.cpu",
     "pids": "limits.processes",
-    "io": "root.limits.read, limits.write and limits.max",
+    "io": "root.limits.read, limits.write, limits.max and a tenant's limits.io",
 }
 
 
