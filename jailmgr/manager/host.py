@@ -93,9 +93,10 @@ class Manager:
         self.disk_guard: DiskGuard | None = None
         self.accountant: Accountant | None = None
 
-    def open(self) -> None:
+    def open(self, autostart: bool = True) -> None:
         """Open the store, finish or undo what a crash left, find the jails that run and watch over them.
 
+        `autostart`: the first time after a boot of the host, start the jails that want it.
         Raises JailmgrError where the store can't be read, or is gone while its jails are there.
         """
         from jailmgr.manager.accounting import Accountant
@@ -115,7 +116,7 @@ class Manager:
             self.disk_guard = DiskGuard(self)
             self.disk_guard.start()
             self.accountant.start()
-            self.watcher.start()
+            self.watcher.start(autostart)
         except BaseException:
             self._shut()
             raise

@@ -55,14 +55,15 @@ class Watcher:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
+    def start(self, autostart: bool = True) -> None:
         """Begin, and start the jails that want it after a boot of the host."""
-        from jailmgr.manager.boot import autostart
+        from jailmgr.manager import boot
 
-        self._threads = [
-            threading.Thread(target=self._run, name="watch", daemon=True),
-            threading.Thread(target=autostart, args=(self._m,), name="autostart", daemon=True),
-        ]
+        self._threads = [threading.Thread(target=self._run, name="watch", daemon=True)]
+        if autostart:
+            self._threads.append(
+                threading.Thread(target=boot.autostart, args=(self._m,), name="autostart", daemon=True)
+            )
         for thread in self._threads:
             thread.start()
 

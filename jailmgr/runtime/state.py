@@ -81,6 +81,18 @@ def read_state(root: Root, tenant: str, jail: str) -> State | None:
     return None
 
 
+def may_run(root: Root, tenant: str, jail: str) -> bool:
+    """Whether a state file stands for something that lives: the jail, a build, a visit, or what another release knows.
+
+    In doubt it does: this is asked by what cleans up.
+    """
+    path = f"{root.tenant_run(tenant)}/{jail}.json"
+    state = load_state(root.tenant_run(tenant), jail)
+    if state is None:
+        return os.path.exists(path)
+    return start_time(state.pid) == state.starttime or supervisor_process(root, tenant) is not None
+
+
 def set_runs(lib: str, runs: bool) -> None:
     """Note that the jail with this directory runs, or that it has ended for good. Raises OSError."""
     if runs:

@@ -84,6 +84,12 @@ def _store(root: Root) -> list[Check]:
 
 
 def _leftovers(root: Root) -> list[Check]:
-    found = [leftover.what for leftover in leftovers.find_leftovers(root)]
-    detail = "none" if not found else f"{len(found)}: {', '.join(found[:8])}" + (", …" if len(found) > 8 else "")
-    return [check("leftovers", not found, detail, "jailmgr doctor --fix removes them.")]
+    found = leftovers.find_leftovers(root)
+    names = [leftover.what for leftover in found]
+    detail = "none" if not found else f"{len(found)}: {', '.join(names[:8])}" + (", …" if len(found) > 8 else "")
+    remedies = ["jailmgr doctor --fix removes what a crash left."] if any(not one.kept for one in found) else []
+    if any(one.kept for one in found):
+        remedies.append(
+            "A jail's directory or volume stays: its row may have been lost with the store. rm is yours to say."
+        )
+    return [check("leftovers", not found, detail, " ".join(remedies))]
