@@ -101,7 +101,7 @@ def _configs(root: Root) -> dict[tuple[str, str], Config]:
     if not os.path.exists(root.store):
         return {}
     store = Store(root.store)
-    store.open_to_read()
+    store.open_to_read(quiet=True)
     try:
         return {(jail.tenant, jail.name): jail.config for jail in store.jails()}
     finally:
