@@ -5,20 +5,44 @@ WAL with `synchronous=FULL`: what was committed outlives a power cut (https://ww
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import quote
 
 from jailmgr.errors import JailmgrError
 
+COPY_SECONDS = 86400.0
+"""How old the copy of the store may be while it is open."""
 APPLICATION = 0x6A61696C
 """`jail`, in the file's header: some other program's database is not taken for ours."""
 VERSION = 1
 
+log = logging.getLogger(__name__)
+
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""Extended result codes. The second: no room for `-shm`, without which the store can't be opened."""
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+"""Result codes, as are the keys of `_HINTS`."""
+_FILE_SYSTEM = (
+    "See whether its file system is full, read-only or failing (df, df -i, dmesg), and leave the file as it is."
+)
+_LOCKED = "Another process has it locked: try again."
+_HINTS = {
+    sqlite3.SQLITE_FULL: "Free some space on the host, and leave the file as it is.",
+    sqlite3.SQLITE_IOERR: _FILE_SYSTEM,
+    sqlite3.SQLITE_CANTOPEN: _FILE_SYSTEM,
+    sqlite3.SQLITE_READONLY: _FILE_SYSTEM,
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_NOMEM: "The host is short of memory: try again.",
+}
+"""What to do where the host can't, and the store is as good as it was (https://www.sqlite.org/rescode.html)."""
 
 # No table is WITHOUT ROWID: the quick_check of SQLite 3.40 (Debian 12) takes one whose key begins with a later column
 # for damaged.
@@ -45,10 +69,15 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
+class _Damage(sqlite3.DatabaseError):
+    """Found by us, not by SQLite."""
+
+
 class Database:
     """The open file. All calls may come from any thread; each is one transaction, or part of the caller's.
 
-    Raises JailmgrError `failed` where the file can't be read; nothing is ever written to a damaged one.
+    Raises JailmgrError `failed` where the file is damaged, to which nothing is ever written; `full` where the disk is,
+    `unavailable` where the host can't for another reason.
     """
 
     def __init__(self, path: str) -> None:
@@ -58,18 +87,21 @@ class Database:
         self._undone = 0
         self._db: sqlite3.Connection | None = None
 
-    def open_to_read(self) -> None:
-        """Open what another process may have open as well; nothing is written. JailmgrError as `open`."""
+    def open_to_read(self, quiet: bool = False) -> None:
+        """Open what another process may have open as well; nothing is written. JailmgrError as `open`.
+
+        Even a reader makes a `-shm`. `quiet`: where it can't, read without, as long as all is in the file itself. What
+        another process then begins to write isn't seen, so nothing may be deleted for what was read.
+        """
         try:
-            db = sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True, timeout=5, check_same_thread=False)
+            try:
+                self._db = _reader(self.path)
+            except sqlite3.OperationalError:
+                if not quiet or _size(f"{self.path}-wal"):
+                    raise
+                self._db = _reader(self.path, "&immutable=1")
         except sqlite3.Error as error:
-            raise self._damaged(error) from error
-        try:
-            db.execute("SELECT count(*) FROM jails").fetchone()
-        except sqlite3.Error as error:
-            db.close()
-            raise self._damaged(error) from error
-        self._db = db
+            raise self._refused(error) from error
 
     def open(self) -> None:
         """Open, check, and bring the schema up to ours. A copy of the last good store is left beside it (`.good`)."""
@@ -79,22 +111,32 @@ class Database:
         try:
             db = _connect(self.path)
         except sqlite3.Error as error:
-            raise self._damaged(error) from error
+            raise self._refused(error) from error
         try:
             _migrate(db, self.path, new)
-            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
+            _check(db)
             os.chmod(self.path, 0o600)
-            if not new:
-                _keep_copy(db, f"{self.path}.good")
         except sqlite3.Error as error:
             db.close()
-            raise self._damaged(error) from error
+            raise self._refused(error) from error
         except BaseException:
             db.close()
             raise
         self._db = db
+        if not new:
+            self.renew_copy()
+
+    def renew_copy(self, older_than: float = 0.0) -> None:
+        """Renew the copy, if it is that many seconds old. What fails is logged, and leaves the copy there was.
+
+        Nobody waits for it: it is read by a connection of its own, of which WAL lets others write.
+        """
+        good = f"{self.path}.good"
+        try:
+            if _age(good) >= older_than:
+                _copy(self.path, good)
+        except (sqlite3.Error, OSError) as error:
+            log.warning("store %s could not be copied to %s: %s", self.path, good, error)
 
     def close(self) -> None:
         """Fold the log into the file and close. Fine if it isn't open."""
@@ -128,18 +170,17 @@ class Database:
                     self._depth = 0
             except sqlite3.IntegrityError:
                 raise
-            except sqlite3.OperationalError as error:
-                full = "full" in str(error)
-                hint = "Free some space on the host." if full else ""
-                raise JailmgrError(f"store {self.path}", str(error), hint, "full" if full else "failed") from error
-            except sqlite3.DatabaseError as error:
-                raise self._damaged(error) from error
+            except sqlite3.Error as error:
+                raise self._refused(error) from error
 
     def version(self) -> tuple[int, int, int]:
         """Another one after every change, ours or another process's, and after each of ours that was taken back."""
         if self._db is None:
             return -1, -1, -1
-        (others,) = self._db.execute("PRAGMA data_version").fetchone()
+        try:
+            (others,) = self._db.execute("PRAGMA data_version").fetchone()
+        except sqlite3.Error as error:
+            raise self._refused(error) from error
         return others, self._db.total_changes, self._undone
 
     def select(self, query: str, *values: object) -> list[Any]:
@@ -148,14 +189,27 @@ class Database:
                 raise JailmgrError(f"store {self.path}", "it is not open", "", "unavailable")
             try:
                 return self._db.execute(query, values).fetchall()
-            except sqlite3.DatabaseError as error:
-                raise self._damaged(error) from error
+            except sqlite3.Error as error:
+                raise self._refused(error) from error
+
+    def _refused(self, error: sqlite3.Error) -> JailmgrError:
+        """What SQLite says, as ours. Only of a damaged store it tells to put another in its place: that loses data."""
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)  # sqlite3's own errors have none
+        if isinstance(error, _Damage) or code & 0xFF in _DAMAGED:
+            return self._damaged(error)
+        if code in _FULL:
+            why = f"its disk has no room: {error}"
+            return JailmgrError(f"store {self.path}", why, _HINTS[sqlite3.SQLITE_FULL], "full")
+        hint = _HINTS.get(code & 0xFF, "")
+        return JailmgrError(f"store {self.path}", str(error), hint, "unavailable" if hint else "failed")
 
     def _damaged(self, error: Exception) -> JailmgrError:
         good = f"{self.path}.good"
         hint = "Nothing was changed: jails that run go on, volumes are in the pool. "
         if os.path.exists(good):
-            hint += f"The last good copy is {good}: keep {self.path} aside and put the copy in its place."
+            # With a log left beside it, SQLite would put what that says of the damaged file into the copy.
+            hint += f"The last good copy is {good}: move {self.path} aside, with its -wal and -shm if there are any,"
+            hint += " and put the copy in its place."
         else:
             hint += "Put a copy of the file back from a backup."
         return JailmgrError(f"store {self.path}", f"it can't be read: {error}", hint)
@@ -183,20 +237,63 @@ def _migrate(db: sqlite3.Connection, path: str, new: bool) -> None:
             f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; COMMIT"
         )
     elif application != APPLICATION:
-        raise sqlite3.DatabaseError("it is not a store of jailmgr")
+        raise _Damage("it is not a store of jailmgr")
     elif version > VERSION:
         why = f"its version is {version}, this jailmgr knows {VERSION}"
         raise JailmgrError(f"store {path}", why, "Use the newer jailmgr it was made by.")
 
 
-def _keep_copy(db: sqlite3.Connection, path: str) -> None:
-    new = f"{path}.new"
-    if os.path.exists(new):
-        os.unlink(new)
-    copy = sqlite3.connect(new)
+def _check(db: sqlite3.Connection) -> None:
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise _Damage(found)
+
+
+def _reader(path: str, how: str = "") -> sqlite3.Connection:
+    """A connection that only reads, and can: one that can't says so here. Raises sqlite3.Error."""
+    db = sqlite3.connect(f"file:{quote(path)}?mode=ro{how}", uri=True, timeout=5, check_same_thread=False)
     try:
-        os.chmod(new, 0o600)
-        db.backup(copy)
-    finally:
-        copy.close()
-    os.rename(new, path)
+        db.execute("SELECT count(*) FROM jails").fetchone()
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _copy(path: str, to: str) -> None:
+    """Copy a store that is open, whole or not at all, and not a damaged one. Raises sqlite3.Error, OSError."""
+    new = f"{to}.new"
+    _unlink(new, f"{new}-journal")
+    try:
+        with closing(_reader(path)) as store, closing(sqlite3.connect(new)) as copy:
+            _check(store)
+            os.chmod(new, 0o600)
+            store.backup(copy)
+        os.rename(new, to)
+    except BaseException:
+        _unlink(new, f"{new}-journal")
+        raise
+
+
+def _age(path: str) -> float:
+    """Seconds since a file was written: without end where there is none, or it is of a time yet to come."""
+    try:
+        age = time.time() - os.stat(path).st_mtime
+    except FileNotFoundError:
+        return float("inf")
+    return age if age >= 0 else float("inf")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _unlink(*paths: str) -> None:
+    for path in paths:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            continue

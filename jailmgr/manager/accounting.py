@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from jailmgr.database import COPY_SECONDS
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.metering import (
     Addition,
@@ -125,6 +126,8 @@ class Accountant:
                 self.sample()
             except (JailmgrError, OSError) as error:
                 log.error("usage could not be sampled: %s", error)
+            # Not accounting, but the thread that comes by once a minute and that nobody waits for.
+            self._m.store.renew_copy(COPY_SECONDS)
 
     def _count(self, jails: list[Jail], disks: dict[int, int] | None, lasting: bool = True) -> None:
         """`disks`: bytes of each jail's volume by its id; None where they can't be known now."""

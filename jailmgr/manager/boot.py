@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 
+import msgspec
+
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.key_checks import parse_bool
@@ -65,13 +67,17 @@ def shut_down(root: Root) -> list[JailmgrError]:
     """Stop every jail that runs, those of the highest `boot.stop.priority` first and those of one at a time together.
 
     By their supervisors, with no engine: when a host goes down, none may be started any more. What runs now is started
-    again after the boot. Gives what could not be stopped, after which the rest was. Raises JailmgrError where the store
-    can't be read.
+    again after the boot. Gives what could not be stopped, after which the rest was. Where the store can't be read, that
+    is among it, and the jails are stopped as if they had none of the keys above: a host that goes down doesn't wait.
     """
-    configs = _configs(root)
+    failed: list[JailmgrError] = []
+    configs: dict[tuple[str, str], Config] = {}
+    try:
+        configs = _configs(root)
+    except JailmgrError as error:
+        failed.append(error)
     alive = [(tenant, jail) for tenant in _tenants(root) for jail in running_jails(root, tenant)]
     order = {jail: -int(configs.get(jail, {}).get("boot.stop.priority", 0)) for jail in alive}
-    failed: list[JailmgrError] = []
     for _, together in groupby(sorted(alive, key=order.__getitem__), key=order.__getitem__):
         jails = list(together)
         with ThreadPoolExecutor(len(jails)) as threads:
@@ -101,9 +107,11 @@ def _configs(root: Root) -> dict[tuple[str, str], Config]:
     if not os.path.exists(root.store):
         return {}
     store = Store(root.store)
-    store.open_to_read()
+    store.open_to_read(quiet=True)
     try:
         return {(jail.tenant, jail.name): jail.config for jail in store.jails()}
+    except msgspec.MsgspecError as error:
+        raise JailmgrError(f"store {root.store}", f"a jail in it can't be read: {error}") from error
     finally:
         store.close()
 

@@ -168,10 +168,12 @@ class Manager:
             for jail in os.listdir(f"{jails}/{tenant}")
         ]
         if found:
-            good = f"{self.root.store}.good"
-            hint = f"Put the last good copy in its place: cp {good} {self.root.store}" if os.path.exists(good) else ""
+            store, good = self.root.store, f"{self.root.store}.good"
+            # SQLite would put a log that is left into the copy.
+            put = f"rm -f {store}-wal {store}-shm && cp {good} {store}"
+            hint = f"Put the last good copy in its place: {put}" if os.path.exists(good) else ""
             raise JailmgrError(
-                f"store {self.root.store}",
+                f"store {store}",
                 f"it is gone, but {len(found)} jails are there ({', '.join(sorted(found)[:3])})",
                 hint or f"Put it back from a backup, or move {self.root.lib} away to begin anew.",
             )

@@ -49,6 +49,24 @@ def test_all_are_stopped_in_order(jm: Instance, busybox_jail: MakeJail) -> None:
     jm("engine", "shutdown")
 
 
+def test_all_are_stopped_though_the_store_is_damaged(jm: Instance, busybox_jail: MakeJail) -> None:
+    names = [busybox_jail("-c", "boot.stop.priority=10"), busybox_jail()]
+    inits = [jm.info(name)["init_pid"] for name in names]
+    jm("engine", "stop")
+    store = Path(jm.root.store)
+    whole = store.read_bytes()
+    store.write_bytes(b"no database at all, " * 400)
+    try:
+        done = jm("engine", "shutdown", status=1)
+        assert f"Error: store {store}: " in done.err
+        assert not any(alive(pid) for pid in inits)
+        assert [ended(jm, name)["by"] for name in names] == ["host", "host"]
+    finally:
+        store.write_bytes(whole)
+    jm("engine", "autostart")
+    assert [jm.status(name) for name in names] == ["Running", "Running"]
+
+
 def test_a_stop_by_the_admin_is_remembered_when_the_supervisor_is_new(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail()
     runs = f"{jm.root.jail_lib('default', name)}/runs"

@@ -113,6 +113,19 @@ def begin() -> Iterator[Begin]:
         init.wait()
 
 
+def test_its_thread_has_the_store_copied(host: Host) -> None:
+    m = SimpleNamespace(root=host.root, store=host.store, pool_if_open=None, hierarchies=_hierarchies(host.root))
+    accountant = Accountant(cast(Manager, m), every=0.01)
+    accountant.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not os.path.exists(f"{host.root.store}.good"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        accountant.stop()
+
+
 def test_a_run_that_goes_on_is_counted_as_it_goes(host: Host, begin: Begin) -> None:
     host.begin(begin(), 5_000)
     assert host.used().cpu_ns == 5_000
