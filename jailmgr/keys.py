@@ -112,6 +112,8 @@ SHORT: dict[str, tuple[str, str, Callable[[str], int]]] = {
 }
 """Configuration keys that stand for a device's: the device, its key, and the number that a value is."""
 
+SIZE_MAX, DEVICES_MAX = 64 * 1024, 256
+"""Of one jail: `list` tells them all, and each port is a rule."""
 FIXED = {"root": "disk", "eth0": "nic"}
 """Devices every jail has; more of their types are refused."""
 
@@ -184,6 +186,7 @@ def device_type(name: str, device: Mapping[str, str]) -> str:
 
 def fold(config: Mapping[str, str], devices: Mapping[str, Mapping[str, str]]) -> tuple[Config, Devices]:
     """Short names put where they belong (`SHORT`: `limits.disk` is root's `size`), types said, all checked."""
+    _check_size(config, devices)
     check_config(config)
     check_devices(devices)
     folded = {name: {"type": device_type(name, device), **device} for name, device in devices.items()}
@@ -197,6 +200,14 @@ def fold(config: Mapping[str, str], devices: Mapping[str, Mapping[str, str]]) ->
             raise JailmgrError(f"{short}={value}", why, "Give one of the two.", "invalid")
         device[key] = value
     return rest, folded
+
+
+def _check_size(config: Mapping[str, str], devices: Mapping[str, Mapping[str, str]]) -> None:
+    size = sum(len(key) + len(value) for each in (config, *devices.values()) for key, value in each.items())
+    if size > SIZE_MAX:
+        raise JailmgrError("keys", f"they and their values have {size} characters", f"{SIZE_MAX} may be.", "invalid")
+    if len(devices) > DEVICES_MAX:
+        raise JailmgrError("devices", f"there are {len(devices)}", f"A jail has at most {DEVICES_MAX}.", "invalid")
 
 
 def is_live(key: str) -> bool:

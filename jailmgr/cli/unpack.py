@@ -90,7 +90,8 @@ def _unpack_one(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, path: l
             pass
         if member.issym():
             os.symlink(member.linkname, name, dir_fd=at)
-            os.chown(name, member.uid, member.gid, dir_fd=at, follow_symlinks=False)
+            if os.geteuid() == 0:
+                os.chown(name, member.uid, member.gid, dir_fd=at, follow_symlinks=False)
         elif member.islnk():
             *others, other = _place(member.linkname, path[0])
             with _folder(top, others) as source:
@@ -107,8 +108,9 @@ def _unpack_one(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, path: l
 
 
 def _dress(fd: int, member: tarfile.TarInfo) -> None:
-    """Owner, mode and time of what was made."""
-    os.fchown(fd, member.uid, member.gid)
+    """Owner, mode and time of what was made. Only root may give files away (chown(2)); others own what they copy."""
+    if os.geteuid() == 0:
+        os.fchown(fd, member.uid, member.gid)
     os.fchmod(fd, member.mode & 0o1777 if member.isdir() else member.mode & 0o777)
     try:
         os.utime(fd, (member.mtime, member.mtime))

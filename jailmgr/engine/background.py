@@ -21,7 +21,10 @@ from jailmgr.manager.view import rfc3339
 KEPT_SECONDS = 300.0
 """How long an operation can be asked for after its end."""
 KEPT_MAX = 1000
-RUNNING_MAX = 512
+RUNNING_MAX, RUNNING_OF_USERS = 512, 256
+"""Of all, and of those who are not root: they may fill their part and leave root his."""
+TOLD_MAX = 2000
+"""Characters of each part of what is told of an operation."""
 
 STATUS_CODE = {"Running": 103, "Cancelling": 104, "Success": 200, "Failure": 400, "Cancelled": 401}
 """LXD's codes."""
@@ -110,10 +113,11 @@ class Operations:
         """Start `work` in a thread of its own. JailmgrError `unavailable` when too many run or we are stopping."""
         if self._closed:
             raise JailmgrError(description, "the engine is stopping", "Try again.", "unavailable")
-        if len(self._running) >= RUNNING_MAX:
-            raise JailmgrError(
-                description, f"{RUNNING_MAX} operations are under way", "Wait for some to end.", "unavailable"
-            )
+        of_users = sum(bool(other.uid) for other in self._running.values()) if uid else 0
+        if len(self._running) >= RUNNING_MAX or of_users >= RUNNING_OF_USERS:
+            why = f"{len(self._running)} operations are under way"
+            raise JailmgrError(description, why, "Wait for some to end.", "unavailable")
+        description = _short(description)
         operation = Operation(description, resources or {}, may_cancel, tenant, uid)
         thread = threading.Thread(target=self._run, args=(operation, work), name=description, daemon=True)
         self._running[operation.id] = operation
@@ -139,6 +143,9 @@ class Operations:
             operation.status = "Success"
         else:
             operation.status = "Cancelled" if isinstance(failure, CancelledError) else "Failure"
+        if failure is not None:
+            what, why, hint = (_short(text) for text in (failure.what, failure.why, failure.hint))
+            failure = JailmgrError(what, why, hint, failure.code)
         operation.result, operation.error = result, failure
         operation.updated_at = time.time()
         took = operation.updated_at - operation.created_at
@@ -184,6 +191,12 @@ class Operations:
             if operation.may_cancel:
                 self.cancel(operation)
         return await wait(self._idle, within)
+
+
+def _short(text: str) -> str:
+    """In one line and of bounded length: a client may have given it, and it is kept, and written to the log."""
+    text = text if len(text) <= TOLD_MAX else f"{text[:TOLD_MAX]} …"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def no_such(id_: str) -> JailmgrError:

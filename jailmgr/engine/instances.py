@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from jailmgr.engine.answers import accepted, done
 from jailmgr.engine.requests import Body, begin, body_of, call, engine_of, flag, listed, number, tenant_of
+from jailmgr.keys import check_name
 from jailmgr.manager import configure, create, delete, start, stop, view
 from jailmgr.manager.host import Cancelled, Manager, Progress
 from jailmgr.model import JailInfo
@@ -66,7 +67,7 @@ async def list_all(request: Request) -> Response:
 
 async def add(request: Request) -> Response:
     """POST /1.0/instances: what can be refused is refused at once, the rest is an operation that can be cancelled."""
-    engine, tenant, body = engine_of(request), tenant_of(request), await body_of(request, NewInstance)
+    engine, body, tenant = engine_of(request), await body_of(request, NewInstance), tenant_of(request)
     wanted = (tenant, body.name, body.source.alias, body.config, body.devices)
     await call(request, create.check_new, *wanted)
     make = partial(create.launch, wait=body.wait) if body.start else create.create
@@ -118,6 +119,7 @@ async def change(request: Request) -> Response:
 async def rename(request: Request) -> Response:
     """POST /1.0/instances/NAME"""
     body, (_, name) = await body_of(request, Rename), _jail(request)
+    check_name(body.name)
     return await _begin(request, f"renaming {name} to {body.name}", configure.rename, body.name)
 
 

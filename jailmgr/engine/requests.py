@@ -22,6 +22,8 @@ from jailmgr.manager.host import DEFAULT_TENANT, Manager
 
 BODY_MAX = 1024 * 1024
 """Bytes of a request's body."""
+BODY_SECONDS = 30.0
+"""A client has so long to send it."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,7 +56,7 @@ def caller_of(request: Request) -> Caller | None:
 
 
 async def known(request: Request) -> None:
-    """Look up, once for each request, which tenants a caller who isn't root may use."""
+    """Look up which tenants a caller who isn't root may use."""
     caller = caller_of(request)
     if caller is not None:
         request.scope["jailmgr.tenants"] = await call(request, tenants_of, caller)
@@ -127,18 +129,28 @@ def number(request: Request, name: str, default: float) -> float:
 
 
 async def body_of(request: Request, kind: type[T]) -> T:
-    """The body as a `kind`: JailmgrError `invalid` for what is not one, status 413 where it is over BODY_MAX."""
+    """The body as a `kind`: JailmgrError `invalid` for what is not one, status 413 where it is over BODY_MAX.
+
+    Which tenants the caller may use is looked up anew: he may have been taken out of one while he held it back.
+    """
     content = bytearray()
     try:
-        async for part in request.stream():
-            content += part
-            if len(content) > BODY_MAX:
-                raise HTTPException(413, f"the body is over {BODY_MAX} bytes", {"connection": "close"})
-        return msgspec.json.decode(content, type=kind)
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                content += part
+                if len(content) > BODY_MAX:
+                    raise HTTPException(413, f"the body is over {BODY_MAX} bytes", {"connection": "close"})
+        body = msgspec.json.decode(content, type=kind)
+    except TimeoutError:
+        raise HTTPException(
+            408, f"the body did not come within {BODY_SECONDS:.0f} s", {"connection": "close"}
+        ) from None
     except ClientDisconnect as error:
         raise JailmgrError("request body", "the client hung up in the middle of it", "", "invalid") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise JailmgrError("request body", str(error), "", "invalid") from error
+    await known(request)
+    return body
 
 
 async def call(

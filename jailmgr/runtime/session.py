@@ -117,7 +117,7 @@ class Session:
             self.tell(told(error))
         except OSError as error:
             self.tell(told(from_os("supervisor", error)))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             self.tell(told(JailmgrError("request", f"malformed ({error!r})", "", "invalid")))
         finally:
             protocol.close_all(message.fds)
@@ -310,8 +310,15 @@ class Session:
     def _window(self, body: dict[str, Any], fds: list[int]) -> None:
         """The size of the terminal in front of the console (TIOCSWINSZ)."""
         if self.console_of is not None and self.console_of.console is not None:
-            size = struct.pack("HHHH", int(body["rows"]), int(body["columns"]), 0, 0)
+            size = struct.pack("HHHH", _cells(body["rows"]), _cells(body["columns"]), 0, 0)
             fcntl.ioctl(self.console_of.console.master, termios.TIOCSWINSZ, size)
+
+
+def _cells(number: Any) -> int:
+    """Rows or columns as struct winsize takes them (TIOCSWINSZ(2const))."""
+    if not isinstance(number, int) or not 0 <= number <= 0xFFFF:
+        raise ValueError(f"{number!r:.40} is no number of rows or columns")
+    return number
 
 
 _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {

@@ -195,6 +195,15 @@ def _own_stdio(log: str) -> None:
         os.dup2(fd, target)
     for fd in {null, out} - {0, 1, 2}:
         os.close(fd)
+    sys.excepthook = lambda *error: _report(log, *error)
+
+
+def _report(log: str, *error: Any) -> None:
+    """A traceback in the log, which is turned over when it is long: what is wrong may be wrong again and again."""
+    sys.__excepthook__(*error)
+    sys.stderr.flush()
+    if os.fstat(2).st_size > LOG_MAX:
+        _own_stdio(log)
 
 
 def status_of(jails: dict[str, Jail]) -> dict[str, Any]:

@@ -52,6 +52,15 @@ def test_a_folder_goes_into_a_folder_or_under_a_new_name(tmp_path: Path) -> None
         assert made.stat().st_mtime == 1_000_000_000
 
 
+def test_who_is_not_root_owns_what_he_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    entries = [FOLDER, entry("site/a", content=b"hi"), entry("site/l", tarfile.SYMTYPE, "a")]
+    for member, _ in entries[1:]:
+        member.uid = member.gid = 54321
+    unpack(opened(*entries), str(tmp_path))
+    assert {os.lstat(tmp_path / name).st_uid for name in ("site", "site/a", "site/l")} == {os.getuid()}
+
+
 def test_hard_links_stay_and_a_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "a").write_text("old")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from jailmgr.config import Root, find_root
-from jailmgr.engine import background
+from jailmgr.engine import background, requests
 from jailmgr.engine.app import make_app
 from jailmgr.engine.background import Operations
 from jailmgr.engine.door import Door
@@ -364,6 +364,51 @@ def test_too_large_a_body(client: Client, fake: Callable[..., Spy]) -> None:
     assert told.status == 413
     assert told.body["type"] == "error"
     assert len(configure.calls) == 1
+
+
+def test_a_body_that_is_held_back(client: Client, fake: Callable[..., Spy], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.1)
+    configure = fake("configure.configure", [])
+    with client.connect() as sock:
+        sock.sendall(b"PATCH /1.0/instances/web HTTP/1.1\r\nHost: jailmgr\r\nContent-Length: 2\r\n\r\n{")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
+    assert configure.calls == []
+
+
+def test_what_an_operation_keeps_is_bounded(client: Client, fake: Callable[..., Spy]) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise JailmgrError("jail web", "no\nmore " * 100_000, "", "conflict")
+
+    assert client("POST", "/1.0/instances/web", {"name": "x" * 100_000}).status == 400
+    assert client("GET", "/1.0/operations").metadata == {}
+    fake("start.start", does=fails)
+    end = client.ended(client("PUT", "/1.0/instances/web/state", {"action": "start"}))
+    assert end["error"]["why"].startswith("no\\nmore no\\nmore")
+    assert len(end["error"]["why"]) < 4000
+
+
+def test_users_leave_root_room_for_operations(
+    running: Running, client: Client, fake: Callable[..., Spy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "RUNNING_OF_USERS", 1)
+    go_on = threading.Event()
+
+    def work(*_: Any) -> None:
+        go_on.wait(20)
+
+    def begin(uid: int) -> None:
+        async def ask() -> None:
+            running.operations.begin("waiting", work, uid=uid)
+
+        asyncio.run_coroutine_threadsafe(ask(), running.loop).result(20)
+
+    begin(1000)
+    with pytest.raises(JailmgrError, match="under way"):
+        begin(1001)
+    begin(0)
+    go_on.set()
+    fake("start.start")
+    client.ended(client("PUT", "/1.0/instances/web/state", {"action": "start"}))
 
 
 def test_not_http(client: Client) -> None:

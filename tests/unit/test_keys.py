@@ -142,6 +142,15 @@ def test_short_names_are_folded() -> None:
     assert devices == {"root": {"type": "disk", "size": "5GiB"}, "eth0": {"type": "nic", "network": "default"}}
 
 
+def test_a_jail_has_no_more_keys_and_devices_than_a_list_can_tell() -> None:
+    text = {f"user.{number}": "x" * 1000 for number in range(64)}
+    assert keys.fold(text, {})[0] == text
+    with pytest.raises(JailmgrError, match="characters"):
+        keys.fold(text | {"user.more": "x" * 2000}, {})
+    with pytest.raises(JailmgrError, match="257"):
+        keys.fold({}, {f"p{number}": {"type": "proxy"} for number in range(257)})
+
+
 def test_two_sizes_of_root_that_differ_are_refused() -> None:
     assert keys.fold({"limits.disk": "1GiB"}, {"root": {"size": "1024MiB"}})[1]["root"]["size"] == "1GiB"
     with pytest.raises(JailmgrError):
