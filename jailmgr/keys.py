@@ -47,11 +47,17 @@ CONFIG: dict[str, Key] = {
     "boot.autostart": Key(
         truth, True, "Start the jail after the host has booted; where it isn't set, if it ran when the host went down."
     ),
-    "boot.autostart.delay": Key(whole(0, 3600), True, "Seconds to wait after this jail's start before the next one's."),
-    "boot.autostart.priority": Key(whole(0, 1_000_000), True, "Order of starting; the highest first."),
-    "boot.host_shutdown_timeout": Key(whole(0, 86400), True, "Seconds init has to stop before it is killed."),
+    "boot.autostart.delay": Key(
+        whole(0, 3600), True, "Seconds to wait after this jail's start before the tenant's next one's."
+    ),
+    "boot.autostart.priority": Key(
+        whole(0, 1_000_000), True, "Order of starting among the tenant's; the highest first."
+    ),
+    "boot.host_shutdown_timeout": Key(
+        whole(0, 86400), True, "Seconds init has to stop before it is killed; all of a host's jails have ten minutes."
+    ),
     "boot.stop.priority": Key(
-        whole(0, 1_000_000), True, "Order of stopping when the host goes down; the highest first."
+        whole(0, 1_000_000), True, "Order of stopping among the tenant's when the host goes down; the highest first."
     ),
     "limits.cpu": Key(
         whole(1, 4096), True, "Number of CPUs: so much of their time, on so many of the host's, which is what it sees."

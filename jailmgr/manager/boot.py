@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -23,6 +25,10 @@ from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import host_boot_id, ran, running_jails
 from jailmgr.store import Store
 
+STARTS_AT_ONCE = 4
+SHUTDOWN_SECONDS = 600.0
+"""Of all jails together: no jail's keys and no init keep a host from going down."""
+
 
 def autostart(m: Manager) -> None:
     """Start the jails that want it, once after each boot of the host: what every first engine does."""
@@ -42,11 +48,24 @@ def start_wanted(m: Manager) -> None:
 def _start_wanted(m: Manager) -> bool:
     """Those with `boot.autostart`, and where that isn't set those that ran when the host went down; by priority.
 
+    That and the delay are a tenant's own: tenants start side by side, and none waits for what another's jails say.
     False where the engine stops before all have been: the next one goes on.
     """
-    wanted = [jail for jail in m.store.jails() if _wanted(m.root, jail)]
-    for jail in sorted(wanted, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
-        attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
+    wanted: dict[str, list[Jail]] = {}
+    for jail in m.store.jails():
+        if _wanted(m.root, jail):
+            wanted.setdefault(jail.tenant, []).append(jail)
+    if not wanted:
+        return True
+    at_once = threading.Semaphore(STARTS_AT_ONCE)
+    with ThreadPoolExecutor(len(wanted), "autostart") as threads:
+        return all([*threads.map(partial(_start_in_order, m, at_once), wanted.values())])
+
+
+def _start_in_order(m: Manager, at_once: threading.Semaphore, jails: list[Jail]) -> bool:
+    for jail in sorted(jails, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
+        with at_once:
+            attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
         if m.watcher is None or m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
             return False
     return True
@@ -66,9 +85,10 @@ def _start_if_stopped(m: Manager, jail: Jail) -> None:
 def shut_down(root: Root) -> list[JailmgrError]:
     """Stop every jail that runs, those of the highest `boot.stop.priority` first and those of one at a time together.
 
-    By their supervisors, with no engine: when a host goes down, none may be started any more. What runs now is started
-    again after the boot. Gives what could not be stopped, after which the rest was. Where the store can't be read, that
-    is among it, and the jails are stopped as if they had none of the keys above: a host that goes down doesn't wait.
+    Tenants side by side, and SHUTDOWN_SECONDS at most: then what is left is killed. By their supervisors, with no
+    engine: when a host goes down, none may be started any more. What runs now is started again after the boot. Gives
+    what could not be stopped, after which the rest was. Where the store can't be read, that is among it, and the jails
+    are stopped as if they had none of the keys above: a host that goes down doesn't wait.
     """
     failed: list[JailmgrError] = []
     configs: dict[tuple[str, str], Config] = {}
@@ -76,13 +96,27 @@ def shut_down(root: Root) -> list[JailmgrError]:
         configs = _configs(root)
     except JailmgrError as error:
         failed.append(error)
-    alive = [(tenant, jail) for tenant in _tenants(root) for jail in running_jails(root, tenant)]
-    order = {jail: -int(configs.get(jail, {}).get("boot.stop.priority", 0)) for jail in alive}
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
+    if tenants := _tenants(root):
+        with ThreadPoolExecutor(len(tenants)) as threads:
+            for errors in threads.map(partial(_shut_down_tenant, root, configs, deadline), tenants):
+                failed += errors
+    return failed
+
+
+def _shut_down_tenant(
+    root: Root, configs: dict[tuple[str, str], Config], deadline: float, tenant: str
+) -> list[JailmgrError]:
+    failed: list[JailmgrError] = []
+    alive = running_jails(root, tenant)
+    order = {jail: -int(configs.get((tenant, jail), {}).get("boot.stop.priority", 0)) for jail in alive}
     for _, together in groupby(sorted(alive, key=order.__getitem__), key=order.__getitem__):
         jails = list(together)
         with ThreadPoolExecutor(len(jails)) as threads:
-            ends = [threads.submit(_stop, root, tenant, jail, configs) for tenant, jail in jails]
-        for (tenant, jail), end in zip(jails, ends, strict=True):
+            ends = [
+                threads.submit(_stop, root, tenant, jail, configs.get((tenant, jail), {}), deadline) for jail in jails
+            ]
+        for jail, end in zip(jails, ends, strict=True):
             try:
                 end.result()
             except JailmgrError as error:
@@ -92,12 +126,12 @@ def shut_down(root: Root) -> list[JailmgrError]:
     return failed
 
 
-def _stop(root: Root, tenant: str, jail: str, configs: dict[tuple[str, str], Config]) -> None:
+def _stop(root: Root, tenant: str, jail: str, config: Config, deadline: float) -> None:
     bundle = load_bundle(root.jail_lib(tenant, jail))
-    timeout = float(configs.get((tenant, jail), {}).get("boot.host_shutdown_timeout", bundle.stop_timeout))
+    timeout = float(config.get("boot.host_shutdown_timeout", bundle.stop_timeout))
     with attach.connect(root, tenant) as supervisor:
         try:
-            supervisor.stop(jail, timeout, by="host")
+            supervisor.stop(jail, max(0.0, min(timeout, deadline - time.monotonic())), by="host")
         except JailmgrError as error:
             if error.code != "conflict":
                 raise

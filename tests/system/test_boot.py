@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, alive, until
+
+FOR_EVER = b"while :; do sleep 1; done\n"
 
 
 def ended(jm: Instance, name: str) -> dict[str, Any]:
@@ -47,6 +50,33 @@ def test_all_are_stopped_in_order(jm: Instance, busybox_jail: MakeJail) -> None:
     assert not any(alive(pid) for pid in inits)
     assert ended(jm, first)["at"] < ended(jm, last)["at"]
     jm("engine", "shutdown")
+
+
+def test_no_tenant_waits_for_what_anothers_jails_say(jm: Instance, busybox_jail: MakeJail) -> None:
+    mine = busybox_jail()
+    keys = {"boot.autostart": "true", "boot.autostart.priority": "1000000", "boot.autostart.delay": "3600"}
+    keys |= {"boot.stop.priority": "1000000", "boot.host_shutdown_timeout": "5"}
+    jm("tenant", "create", "greedy")
+    try:
+        jm("launch", "busybox", "greedy/first", *(word for pair in keys.items() for word in ("-c", "=".join(pair))))
+        jm.exec(
+            "greedy/first",
+            "sh",
+            "-c",
+            "cat > /sbin/init",
+            stdin=b"#!/bin/sh\ntrap '' USR1 USR2 TERM PWR INT\n" + FOR_EVER,
+        )
+        jm("restart", "--force", "greedy/first")
+        jm("engine", "shutdown")
+        theirs = json.loads(Path(jm.root.jail_lib("greedy", "first"), "last.json").read_text())
+        assert theirs["at"] - ended(jm, mine)["at"] > 3
+        start = jm.popen("engine", "autostart", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(lambda: jm.status(mine) == "Running", 20, "it is started beside the other tenant's delay")
+        start.kill()
+        start.wait()
+    finally:
+        jm("delete", "--force", "greedy/first", status=None)
+        jm("tenant", "delete", "greedy")
 
 
 def test_all_are_stopped_though_the_store_is_damaged(jm: Instance, busybox_jail: MakeJail) -> None:
