@@ -18,7 +18,7 @@ from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
-from jailmgr.runtime.state import host_boot_id, ran, running_jails
+from jailmgr.runtime.state import host_boot_id, jails_up, ran
 from jailmgr.store import Store
 
 
@@ -64,12 +64,12 @@ def _start_if_stopped(m: Manager, jail: Jail) -> None:
 def shut_down(root: Root) -> list[JailmgrError]:
     """Stop every jail that runs, those of the highest `boot.stop.priority` first and those of one at a time together.
 
-    By their supervisors, with no engine: when a host goes down, none may be started any more. What runs now is started
-    again after the boot. Gives what could not be stopped, after which the rest was. Raises JailmgrError where the store
-    can't be read.
+    Those that are about to be started again, too. By their supervisors, with no engine: when a host goes down, none may
+    be started any more. What runs now is started again after the boot. Gives what could not be stopped, after which the
+    rest was. Raises JailmgrError where the store can't be read.
     """
     configs = _configs(root)
-    alive = [(tenant, jail) for tenant in _tenants(root) for jail in running_jails(root, tenant)]
+    alive = [(tenant, jail) for tenant in _tenants(root) for jail in jails_up(root, tenant)]
     order = {jail: -int(configs.get(jail, {}).get("boot.stop.priority", 0)) for jail in alive}
     failed: list[JailmgrError] = []
     for _, together in groupby(sorted(alive, key=order.__getitem__), key=order.__getitem__):

@@ -15,7 +15,7 @@ from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.network import bridge, dns, firewall, shaping
 from jailmgr.runtime import cgroups, netlink
 from jailmgr.runtime.shaping import DIRECTIONS
-from jailmgr.runtime.state import engine_runs, load_state, read_state, remove_state, running_jails
+from jailmgr.runtime.state import engine_runs, jails_up, load_state, read_state, remove_state, running_jails, waits
 from jailmgr.storage.pool import is_open, open_pool
 from jailmgr.storage.volume import delete_volume, half_deleted, list_builds, list_volumes
 from jailmgr.store import READY, Store
@@ -41,8 +41,8 @@ def find_leftovers(root: Root) -> list[Leftover]:
         alive = {
             (tenant, jail)
             for tenant in _tenants(root)
-            for jail in running_jails(root, tenant)
-            if read_state(root, tenant, jail)
+            for jail in jails_up(root, tenant)
+            if waits(root, tenant, jail) or read_state(root, tenant, jail)
         }
         found = [*_of_host(root, store, alive), *_of_disk(root, store)]
         if not engine_runs(root):

@@ -287,6 +287,8 @@ class Session:
             enterer, control = enter.enter(jail.pidfd, bundle, hierarchies, fds, work)
             self.child = Child(self, enterer, control)
             return
+        if jail is not None:
+            raise _busy(jail)
         visitor = Jail(supervisor.host, body["jail"], body["lib"])
         visitor.visit(spawn.Payload(copy, fds))
         visitor.waiters.append(lambda _: self.finish(visitor.visit_result()))
@@ -343,6 +345,10 @@ def _busy(jail: Jail) -> JailmgrError:
     if jail.once:
         why = "something is being copied to or from it"
         return JailmgrError(f"jail {jail.name}", why, "Try again when that is done.", "conflict")
+    if not jail.running:
+        # It would be forgotten when that which now takes its place has ended.
+        why, hint = "is about to be started again", f"Stop it first: jailmgr stop {jail.name}"
+        return JailmgrError(f"jail {jail.name}", why, hint, "conflict")
     return JailmgrError(f"jail {jail.name}", "is already running", "", "conflict")
 
 
