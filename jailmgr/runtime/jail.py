@@ -11,7 +11,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, netlink, protocol, runs, spawn
+from jailmgr.runtime import cgroups, netlink, process, protocol, runs, spawn
 from jailmgr.runtime.bundle import Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
@@ -152,7 +152,7 @@ class Jail:
                     self._visit = spawned
                     protocol.send(spawned.control, {})
             except BaseException:
-                _give_up(spawned)
+                spawn.give_up(spawned)
                 raise
         except BaseException:
             self._forget()
@@ -229,7 +229,7 @@ class Jail:
             return
         if not self.running:
             return
-        number = signal_number(by_signal)
+        number = process.signal_number(by_signal)
         self.stopping = by
         if self.kill_timer is not None:
             self.kill_timer.cancel()
@@ -446,27 +446,3 @@ def spare(pid: int, oom_score_adj: int) -> None:
             file.write(str(oom_score_adj))
     except (PermissionError, FileNotFoundError, ProcessLookupError):
         return
-
-
-def _give_up(spawned: spawn.Spawned) -> None:
-    """End a process 1 that could not be released. It ends by itself, unless it was about to exec what the guest has."""
-    spawned.control.close()
-    signal.pidfd_send_signal(spawned.pidfd, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, spawned.pidfd, os.WEXITED)
-    for fd in (spawned.pidfd, spawned.console, spawned.notify):
-        if fd is not None:
-            os.close(fd)
-
-
-def signal_number(name: str) -> int:
-    """Number of `SIGTERM`, `SIGRTMIN+3` or `15` (signal(7)); JailmgrError on anything else."""
-    base, _, more = name.partition("+")
-    if name.isascii() and name.isdigit() and 0 < int(name) < 65:
-        return int(name)
-    try:
-        number = int(signal.Signals[base]) + (int(more) if more else 0)
-    except (KeyError, ValueError):
-        number = 0
-    if not 0 < number < 65:
-        raise JailmgrError("signal", f"{name} is none", "", "invalid")
-    return number

@@ -16,7 +16,7 @@ from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, archive, cgroups, enter, lxcfs, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
-from jailmgr.runtime.jail import Jail, signal_number
+from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.pty import fs_type
 
@@ -257,7 +257,7 @@ class Session:
 
     def _signal(self, body: dict[str, Any], fds: list[int]) -> None:
         if self.child is not None:
-            self.child.signal(signal_number(str(body["signal"])))
+            self.child.signal(process.signal_number(str(body["signal"])))
 
     def _archive(self, body: dict[str, Any], fds: list[int]) -> None:
         """`cp`: in a running jail by entering it, in a stopped one by a process 1 of our own in its place."""
