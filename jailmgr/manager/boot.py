@@ -22,7 +22,7 @@ from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
-from jailmgr.runtime.state import host_boot_id, ran, running_jails
+from jailmgr.runtime.state import host_boot_id, jails_up, ran
 from jailmgr.store import Store
 
 STARTS_AT_ONCE = 4
@@ -85,7 +85,8 @@ def _start_if_stopped(m: Manager, jail: Jail) -> None:
 def shut_down(root: Root) -> list[JailmgrError]:
     """Stop every jail that runs, those of the highest `boot.stop.priority` first and those of one at a time together.
 
-    Tenants side by side, and SHUTDOWN_SECONDS at most: then what is left is killed. By their supervisors, with no
+    Those that are about to be started again, too. Tenants side by side, and SHUTDOWN_SECONDS at most: then what is left
+    is killed. By their supervisors, with no
     engine: when a host goes down, none may be started any more. What runs now is started again after the boot. Gives
     what could not be stopped, after which the rest was. Where the store can't be read, that is among it, and the jails
     are stopped as if they had none of the keys above: a host that goes down doesn't wait.
@@ -108,7 +109,7 @@ def _shut_down_tenant(
     root: Root, configs: dict[tuple[str, str], Config], deadline: float, tenant: str
 ) -> list[JailmgrError]:
     failed: list[JailmgrError] = []
-    alive = running_jails(root, tenant)
+    alive = jails_up(root, tenant)
     order = {jail: -int(configs.get((tenant, jail), {}).get("boot.stop.priority", 0)) for jail in alive}
     for _, together in groupby(sorted(alive, key=order.__getitem__), key=order.__getitem__):
         jails = list(together)

@@ -18,7 +18,7 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
-from jailmgr.manager.view import running
+from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail
 from jailmgr.network.shaping import rates_of_jail
 from jailmgr.runtime import cgroups
@@ -37,8 +37,8 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
     """
     with m.jail(tenant, name) as old:
         new = changed(old, config, devices)
-        runs = running(m, old)
-        _check(m, old, new, runs)
+        up, runs = is_up(m, old), running(m, old)
+        _check(m, old, new, up)
         with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)
             with m.store.transaction():
@@ -48,9 +48,10 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
                 if _nic(old) != _nic(new):
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
             undo.callback(_put_back, m, old)
-            if runs:
+            if up:
                 undo.callback(write_bundle, m, old)
                 write_bundle(m, new)
+            if runs:
                 _apply_ports(m, old, new, undo)
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
@@ -163,8 +164,9 @@ def rename(m: Manager, tenant: str, name: str, new: str) -> None:
     with m.jail(tenant, name) as jail:
         if new == name:
             return
-        if running(m, jail):
-            raise JailmgrError(f"jail {name}", "it is running", f"Stop it first: jailmgr stop {name}", "conflict")
+        if is_up(m, jail):
+            why = "it is running" if running(m, jail) else "it is about to be started again"
+            raise JailmgrError(f"jail {name}", why, f"Stop it first: jailmgr stop {name}", "conflict")
         with m.store.transaction():
             if m.store.name_taken(tenant, new):
                 raise JailmgrError(f"jail {new}", "there is one of that name already", "Choose another.", "exists")

@@ -14,7 +14,7 @@ from jailmgr.manager.stop import end_if_alive
 from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
-from jailmgr.runtime.state import remove_state
+from jailmgr.runtime.state import remove_state, remove_wait
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import delete_volume
 from jailmgr.store import CREATING, DELETING
@@ -53,6 +53,7 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
         if os.path.isdir(lib):
             shutil.rmtree(lib)
         remove_state(m.root.tenant_run(jail.tenant), name)
+        remove_wait(m.root.tenant_run(jail.tenant), name)
     release(m, jail)
     m.store.remove(jail)
     m.stopped_views.pop(jail.id, None)

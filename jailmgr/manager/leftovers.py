@@ -18,7 +18,14 @@ from jailmgr.model import Jail
 from jailmgr.network import bridge, dns, firewall, shaping
 from jailmgr.runtime import cgroups, netlink
 from jailmgr.runtime.shaping import DIRECTIONS
-from jailmgr.runtime.state import engine_runs, may_run, remove_state, running_jails, supervisor_process
+from jailmgr.runtime.state import (
+    all_up,
+    engine_runs,
+    may_run,
+    remove_state,
+    running_jails,
+    supervisor_process,
+)
 from jailmgr.storage.pool import is_open, open_pool
 from jailmgr.storage.volume import half_deleted, list_builds, list_volumes
 from jailmgr.store import READY, Store
@@ -86,10 +93,10 @@ def _find(root: Root, engine: bool) -> list[Leftover]:
     # What is there is listed before what may be there is asked for: rows and state files come first and go last.
     groups, disk = cgroups.list_groups(cgroups.discover(), root.cgroup), _on_disk(root)
     if not os.path.exists(root.store):
-        return [*_of_host(root, store, _Seen(_alive(root), engine), groups)]
+        return [*_of_host(root, store, _Seen(all_up(root), engine), groups)]
     store.open_to_read()
     try:
-        found = [*_of_host(root, store, _Seen(_alive(root), engine), groups), *_of_disk(root, store, disk)]
+        found = [*_of_host(root, store, _Seen(all_up(root), engine), groups), *_of_disk(root, store, disk)]
         if not engine:
             found += [
                 Leftover(f"jail {row.jail.tenant}/{row.jail.name}, whose row says {row.state}")
@@ -104,15 +111,6 @@ def _find(root: Root, engine: bool) -> list[Leftover]:
 
 def _tenants(root: Root) -> list[str]:
     return _list(f"{root.run}/tenants")
-
-
-def _alive(root: Root) -> frozenset[tuple[str, str]]:
-    return frozenset(
-        (tenant, jail)
-        for tenant in _tenants(root)
-        for jail in running_jails(root, tenant)
-        if may_run(root, tenant, jail)
-    )
 
 
 def _of_host(root: Root, store: Store, seen: _Seen, groups: list[str]) -> Iterator[Leftover]:
@@ -179,7 +177,7 @@ def _is_needed(root: Root, group: str, seen: _Seen) -> bool:
 
 def _remove_group(root: Root, group: str, engine: bool) -> None:
     """With what is in it, unless it has come into use meanwhile."""
-    if not _is_needed(root, group, _Seen(_alive(root), engine)):
+    if not _is_needed(root, group, _Seen(all_up(root), engine)):
         hierarchies = cgroups.discover()
         cgroups.kill(hierarchies, group)
         cgroups.remove(hierarchies, group)

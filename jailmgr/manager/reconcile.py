@@ -23,9 +23,9 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.pinning import follow_pin
 from jailmgr.manager.totals import renew_totals
 from jailmgr.manager.upgrade import renew_supervisor
-from jailmgr.manager.view import running
+from jailmgr.manager.view import is_up, running
 from jailmgr.runtime import attach, cgroups
-from jailmgr.runtime.state import running_jails, supervisor_process
+from jailmgr.runtime.state import all_up, jails_up, supervisor_process
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import reap
 from jailmgr.store import READY, RENAMING
@@ -47,21 +47,28 @@ def reconcile(m: Manager) -> None:
             attempt(f"renaming {row.jail.name}", partial(finish_rename, m, row))
         elif row.state != READY:
             attempt(f"deleting {row.jail.name}", partial(finish_delete, m, row.jail, row.next))
-    alive = [jail for jail in m.store.jails() if running(m, jail)]
+    alive = [jail for jail in m.store.jails() if is_up(m, jail)]
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
         attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in alive}:
         attempt(f"the totals of {tenant}", partial(renew_totals, m, tenant))
-    for tenant in {jail.tenant for jail in m.store.jails() if jail.name in running_jails(m.root, jail.tenant)}:
+    # And those with a supervisor: one of an older release tells nobody of a jail that it is about to start again.
+    for tenant in filter(partial(_is_watched, m), {jail.tenant for jail in m.store.jails()}):
         attempt(f"the supervisor of {tenant}", partial(_watch_over, m, tenant))
+    for jail in alive:
+        if not running(m, jail):
+            attempt(f"the ports of {jail.name}", partial(networks.follow, m, jail.tenant, jail.name))
     attempt("lxcfs", partial(lxcfs.settle, m, bool(alive)))
 
 
 def take_down(m: Manager) -> None:
-    """Where no jail runs: our bridges, rules, DNS servers, cgroups, lxcfs and the pool's mount go off the host."""
-    if any(running(m, jail) for jail in m.store.jails()):
+    """Where no jail is up: our bridges, rules, DNS servers, cgroups, lxcfs and the pool's mount go off the host.
+
+    Nor one that another release started, or whose row was lost.
+    """
+    if all_up(m.root):
         return
     with ExitStack() as rest:
         if not m.store.rows():
@@ -78,6 +85,10 @@ def attempt(what: str, do: Callable[[], object]) -> None:
         do()
     except (JailmgrError, OSError) as error:
         log.error("%s: %s", what, error)
+
+
+def _is_watched(m: Manager, tenant: str) -> bool:
+    return bool(jails_up(m.root, tenant)) or supervisor_process(m.root, tenant) is not None
 
 
 def _watch_over(m: Manager, tenant: str) -> None:

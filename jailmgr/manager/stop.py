@@ -6,7 +6,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.manager import networks
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cgroup_of, stop_timeout
-from jailmgr.manager.view import not_running, running
+from jailmgr.manager.view import is_up, not_running, running
 from jailmgr.model import Jail, Recipe
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.state import supervisor_process
@@ -18,7 +18,7 @@ def stop(m: Manager, tenant: str, name: str, *, force: bool = False, timeout: in
     Raises JailmgrError: `missing`, `conflict` where it isn't running.
     """
     with m.jail(tenant, name) as jail:
-        if not running(m, jail) and supervisor_process(m.root, tenant) is None:
+        if not is_up(m, jail) and supervisor_process(m.root, tenant) is None:
             raise not_running(jail)
     # The supervisor is waited for with the jail unlocked, so that an impatient `stop --force` gets through.
     end(m, jail, force, timeout)
@@ -40,11 +40,11 @@ def end(m: Manager, jail: Jail, force: bool, timeout: int | None = None) -> None
 
 def end_if_alive(m: Manager, jail: Jail) -> None:
     """Kill it, if there is anything to kill."""
-    if running(m, jail) or supervisor_process(m.root, jail.tenant) is not None:
+    if is_up(m, jail) or supervisor_process(m.root, jail.tenant) is not None:
         try:
             end(m, jail, force=True)
         except JailmgrError as error:
-            if error.code != "conflict" or running(m, jail):
+            if error.code != "conflict" or is_up(m, jail):
                 raise
 
 

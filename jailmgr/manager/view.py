@@ -14,7 +14,7 @@ from jailmgr.manager.ports import ports_of
 from jailmgr.model import Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
 from jailmgr.runtime import apparmor, cgroups
 from jailmgr.runtime.bundle import ID_SIZE
-from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process
+from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process, waits
 from jailmgr.storage.volume import committed_usage, volume_usage
 from jailmgr.store import DELETING, READY, RENAMING, Row
 
@@ -191,6 +191,12 @@ def _ending(m: Manager, tenant: str, name: str) -> Ending | None:
 def running(m: Manager, jail: Jail) -> bool:
     """Whether the jail's init is alive, with or without a supervisor."""
     return read_state(m.root, jail.tenant, jail.name) is not None
+
+
+def is_up(m: Manager, jail: Jail) -> bool:
+    """Whether it runs, or is about to be started again, for which it needs the pool and its network as they are."""
+    # It may go over from the one to the other, or back, between two looks.
+    return running(m, jail) or waits(m.root, jail.tenant, jail.name) or running(m, jail)
 
 
 def not_running(jail: Jail) -> JailmgrError:

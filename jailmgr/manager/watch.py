@@ -2,7 +2,7 @@
 
 A supervisor writes and removes a state file for each jail in its tenant's runtime directory (inotify(7)): published
 ports follow it, since a jail that powers itself off or is started again by its restart policy asks nobody. A supervisor
-that dies while jails of its tenant run (pidfd_open(2)) is replaced, and so is lxcfs.
+that dies while jails of its tenant run, or are about to (pidfd_open(2)), is replaced, and so is lxcfs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import attach
 from jailmgr.runtime.proc import open_process
-from jailmgr.runtime.state import load_state, read_state, running_jails, supervisor_process
+from jailmgr.runtime.state import load_state, read_state, running_jails, supervisor_process, waiting_jails
 from jailmgr.runtime.syscalls import libc
 
 if TYPE_CHECKING:
@@ -239,9 +239,11 @@ class Watcher:
         if tenant is None or self._stopping.is_set():
             return
         try:
-            if any(read_state(self._m.root, tenant, name) for name in running_jails(self._m.root, tenant)):
+            root = self._m.root
+            runs = any(read_state(root, tenant, name) for name in running_jails(root, tenant))
+            if runs or waiting_jails(root, tenant):
                 log.warning("the supervisor of tenant %s ended while its jails run: a new one adopts them", tenant)
-                attach.connect(self._m.root, tenant).close()
+                attach.connect(root, tenant).close()
                 self.watch(tenant)
         except (JailmgrError, OSError) as error:
             log.error("tenant %s has no supervisor: %s", tenant, error)

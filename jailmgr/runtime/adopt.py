@@ -1,4 +1,6 @@
-"""A new supervisor takes over what the last one left: running jails by pidfd, dead ones by cleaning up after them."""
+"""A new supervisor takes over what the last one left: running jails by pidfd, dead ones by cleaning up after them, and
+those that were about to be started again by starting them.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,21 @@ from jailmgr.runtime.jail import Host, Jail
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.proc import Process, open_process
 from jailmgr.runtime.pty import check_master, open_pty
-from jailmgr.runtime.state import LAST, load_state, remove_state, set_runs
+from jailmgr.runtime.state import LAST, WAITS, load_state, load_wait, remove_state, remove_wait, set_runs
 
 CONSOLE_SECONDS = 5.0
 
 
 def adopt_all(host: Host, jails: dict[str, Jail]) -> None:
-    """Take over every jail with a state file in the tenant's runtime directory."""
-    for entry in os.listdir(host.run):
-        name, is_state = entry.removesuffix(".json"), entry.endswith(".json")
-        if is_state:
+    """Take over every jail with a file in the tenant's runtime directory.
+
+    One that has both was about to be started when its supervisor died, or had just been: how far that came tells.
+    """
+    entries = os.listdir(host.run)
+    for ending, take in ((".json", _adopt), (WAITS, _adopt_waiting)):
+        for name in [entry.removesuffix(ending) for entry in entries if entry.endswith(ending)]:
             try:
-                _adopt(host, jails, name)
+                take(host, jails, name)
             except (JailmgrError, OSError):
                 # One jail's trouble (at its limit of processes, say) must not leave the tenant without a supervisor.
                 sys.excepthook(*sys.exc_info())
@@ -49,19 +54,37 @@ def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
         write_json(f"{state.lib}/{LAST}", {"kind": "unknown", "at": time(), "by": "host", "status": 0})
         if state.boot_id == host.boot_id:
             jail.note_run(state, seen=False)
+            waits = load_wait(host.run, name)
+            if jail.bundle.restart == "no" and waits is None:
+                set_runs(state.lib, False)
+            else:
+                jails[name] = jail
+                jail.tries = waits.tries if waits is not None else 0
+                jail.start_later(state.restarts + 1)
         jail.clear()
-        if state.boot_id != host.boot_id:
-            return
-        if jail.bundle.restart == "no":
-            set_runs(state.lib, False)
-        else:
-            jails[name] = jail
-            jail.start_later(state.restarts + 1)
         return
     jails[name] = jail
     jail.adopt(state, pidfd)
     if jail.bundle.terminal:
         _give_console(host, jail)
+
+
+def _adopt_waiting(host: Host, jails: dict[str, Jail], name: str) -> None:
+    wait = load_wait(host.run, name)
+    if name in jails:
+        if jails[name].running:
+            remove_wait(host.run, name)
+        return
+    try:
+        jail = Jail(host, name, wait.lib) if wait is not None and wait.boot_id == host.boot_id else None
+    except JailmgrError:
+        jail = None  # its directory is gone, or no jail of today's
+    if jail is None or wait is None:
+        remove_wait(host.run, name)
+        return
+    jails[name] = jail
+    jail.tries = wait.tries
+    jail.start_later(wait.restarts)
 
 
 def _give_console(host: Host, jail: Jail) -> None:

@@ -11,7 +11,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, netlink, protocol, runs, spawn
+from jailmgr.runtime import cgroups, netlink, process, protocol, runs, spawn
 from jailmgr.runtime.bundle import Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
@@ -20,7 +20,17 @@ from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Loop, Timer
 from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.proc import start_time
-from jailmgr.runtime.state import LAST, State, host_boot_id, remove_state, set_runs, write_state
+from jailmgr.runtime.state import (
+    LAST,
+    State,
+    Wait,
+    host_boot_id,
+    remove_state,
+    remove_wait,
+    set_runs,
+    write_state,
+    write_wait,
+)
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAP_SECONDS = 2.0
@@ -94,9 +104,20 @@ class Jail:
     def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None, bundle: Bundle | None = None) -> None:
         """From the bundle on disk to init exec'd; `bundle` is that, where it has just been read.
 
-        Raises JailmgrError, with nothing left of the attempt.
+        Raises JailmgrError, with nothing left of the attempt. A jail that was to be started again still is, whoever
+        asked for this start: what kept it from that (a full disk, no bridge) may pass. Not if its directory is gone.
         """
-        self._begin(bundle or load_bundle(self.lib), restarts, stdio, None)
+        waits = self.start_timer is not None
+        try:
+            self._begin(bundle or load_bundle(self.lib), restarts, stdio, None)
+        except BaseException:
+            if waits and os.path.isdir(self.lib):
+                self.start_later(self.restarts)
+            else:
+                self._cancel_start()
+                self._note_wait(False)
+            self.host.changed(self)
+            raise
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
@@ -116,9 +137,7 @@ class Jail:
         return {"exit": {"code": 0}}
 
     def _begin(self, bundle: Bundle, restarts: int, stdio: spawn.Stdio | None, payload: spawn.Payload | None) -> None:
-        if self.start_timer is not None:
-            self.start_timer.cancel()
-            self.start_timer = None
+        self._cancel_start()
         self.bundle, hierarchies = bundle, self.host.hierarchies
         self.once = stdio is not None or payload is not None
         bpf = self.host.filter(bundle.seccomp)
@@ -133,14 +152,14 @@ class Jail:
                     self._visit = spawned
                     protocol.send(spawned.control, {})
             except BaseException:
-                _give_up(spawned)
+                spawn.give_up(spawned)
                 raise
         except BaseException:
             self._forget()
             self.clear()
-            self.host.changed(self)
             raise
         self.pidfd = spawned.pidfd
+        self._note_wait(False)  # not before its state is written: an engine finds it up at any moment
         self._note_runs(True)
         self._watch(spawned.console, spawned.notify)
         self.host.changed(self)
@@ -204,13 +223,13 @@ class Jail:
         `by`: `admin`, or `host` where that goes down.
         """
         if self.start_timer is not None:
-            self.start_timer.cancel()
-            self.start_timer, self.stopping = None, by
-            self._settle({"kind": "exit", "at": time(), "by": by, "status": 0}, final=True)
+            self._cancel_start()
+            self.stopping = by
+            self._settle({"kind": "exit", "at": time(), "by": by, "status": 0})
             return
         if not self.running:
             return
-        number = signal_number(by_signal)
+        number = process.signal_number(by_signal)
         self.stopping = by
         if self.kill_timer is not None:
             self.kill_timer.cancel()
@@ -264,6 +283,16 @@ class Jail:
         if not self.stopping and told["kind"] != "reboot":
             again = self.bundle.restart == "always" or (self.bundle.restart == "on-failure" and failed)
         self.note_run(state, seen=True)
+        if time() - state.started_at > STEADY_SECONDS:
+            self.tries = 0
+        at_once = told["kind"] == "reboot" and self.tries == 0
+        if again:
+            # Before its state file goes: an engine that ends takes the network of a jail that isn't up off the host.
+            if at_once:
+                self.tries += 1
+                self.start_after(0.0, state.restarts + 1)
+            else:
+                self.start_later(state.restarts + 1)
         self._forget()
         self.log.note(f"ended: {told['kind']} by {told['by']}")
         try:
@@ -271,18 +300,12 @@ class Jail:
         except (JailmgrError, OSError) as error:
             # Those who wait are told all the same; the state file is still there for a next supervisor to do it.
             self.log.note(f"not all of it could be taken away: {error}")
-        if time() - state.started_at > STEADY_SECONDS:
-            self.tries = 0
         if not again:
-            self._settle(told, final=True)
+            self._settle(told)
             return
         self._note_last(told)
-        if told["kind"] == "reboot" and self.tries == 0:
-            self.tries += 1
-            self.restarts = state.restarts + 1
+        if at_once:
             self._start_again()
-        else:
-            self.start_later(state.restarts + 1)
 
     def start_later(self, restarts: int) -> None:
         """Start again after a pause that grows with each failure."""
@@ -291,21 +314,30 @@ class Jail:
         self.start_after(wait, restarts)
 
     def start_after(self, seconds: float, restarts: int) -> None:
-        """Start again then, as the so-manieth time."""
+        """Start again then, as the so-manieth time. A file tells the engine, and the next supervisor, of it."""
         self.restarts = restarts
         self.start_timer = self.host.loop.after(seconds, self._start_again)
+        self._note_wait(True)
+
+    def _cancel_start(self) -> None:
+        if self.start_timer is not None:
+            self.start_timer.cancel()
+            self.start_timer = None
 
     def kill_after(self, seconds: float) -> None:
         """Kill it then, unless it has ended."""
         self.kill_timer = self.host.loop.after(seconds, self._kill)
 
     def _start_again(self) -> None:
-        self.start_timer = None
         try:
             self.start(self.restarts)
         except (JailmgrError, OSError) as error:
             self.log.note(f"could not be started again: {error}")
-            self._settle({"kind": "failed", "at": time(), "by": "host", "status": 0, "why": str(error)}, final=True)
+            ending = {"kind": "failed", "at": time(), "by": "host", "status": 0, "why": str(error)}
+            if self.alive:
+                self._note_last(ending)
+            else:
+                self._settle(ending)
 
     def _note_last(self, ending: dict[str, Any]) -> None:
         """A full disk, or a directory that is gone, must not keep from those who wait that it ended."""
@@ -313,6 +345,17 @@ class Jail:
             write_json(f"{self.lib}/{LAST}", ending)
         except OSError as error:
             self.log.note(f"could not write down how it ended: {error}")
+
+    def _note_wait(self, on: bool) -> None:
+        """For the engine, and the next supervisor; as `_note_last`."""
+        try:
+            if on:
+                wait = Wait(self.lib, self.restarts, self.tries, self.host.boot_id)
+                write_wait(self.host.run, self.name, wait)
+            else:
+                remove_wait(self.host.run, self.name)
+        except OSError as error:
+            self.log.note(f"could not write down that it {'waits' if on else 'waits no more'}: {error}")
 
     def _note_runs(self, on: bool) -> None:
         """For the host's next boot; as `_note_last`, it is not worth a failure."""
@@ -332,16 +375,17 @@ class Jail:
         except (JailmgrError, OSError) as error:
             self.log.note(f"could not write down what it has used: {error}")
 
-    def _settle(self, ending: dict[str, Any], final: bool) -> None:
+    def _settle(self, ending: dict[str, Any]) -> None:
+        """It has ended, and is not started again."""
         if self._visit is None:
             self._note_last(ending)
-        if final and self.stopping != "host":
+        self._note_wait(False)
+        if self.stopping != "host":
             self._note_runs(False)
         waiting, self.waiters = self.waiters, []
         for waiter in waiting:
             waiter(ending)
-        if final:
-            self.log.close()
+        self.log.close()
         self.host.changed(self)
 
     def _forget(self) -> None:
@@ -402,27 +446,3 @@ def spare(pid: int, oom_score_adj: int) -> None:
             file.write(str(oom_score_adj))
     except (PermissionError, FileNotFoundError, ProcessLookupError):
         return
-
-
-def _give_up(spawned: spawn.Spawned) -> None:
-    """End a process 1 that could not be released. It ends by itself, unless it was about to exec what the guest has."""
-    spawned.control.close()
-    signal.pidfd_send_signal(spawned.pidfd, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, spawned.pidfd, os.WEXITED)
-    for fd in (spawned.pidfd, spawned.console, spawned.notify):
-        if fd is not None:
-            os.close(fd)
-
-
-def signal_number(name: str) -> int:
-    """Number of `SIGTERM`, `SIGRTMIN+3` or `15` (signal(7)); JailmgrError on anything else."""
-    base, _, more = name.partition("+")
-    if name.isascii() and name.isdigit() and 0 < int(name) < 65:
-        return int(name)
-    try:
-        number = int(signal.Signals[base]) + (int(more) if more else 0)
-    except (KeyError, ValueError):
-        number = 0
-    if not 0 < number < 65:
-        raise JailmgrError("signal", f"{name} is none", "", "invalid")
-    return number

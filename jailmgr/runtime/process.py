@@ -10,6 +10,7 @@ import errno
 import gc
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -104,3 +105,17 @@ def execute(args: list[str], env: dict[str, str]) -> NoReturn:
             found = error
             found.filename = program
     raise found
+
+
+def signal_number(name: str) -> int:
+    """Number of `SIGTERM`, `SIGRTMIN+3` or `15` (signal(7)); JailmgrError on anything else."""
+    base, _, more = name.partition("+")
+    if name.isascii() and name.isdigit() and 0 < int(name) < 65:
+        return int(name)
+    try:
+        number = int(signal.Signals[base]) + (int(more) if more else 0)
+    except (KeyError, ValueError):
+        number = 0
+    if not 0 < number < 65:
+        raise JailmgrError("signal", f"{name} is none", "", "invalid")
+    return number

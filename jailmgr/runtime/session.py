@@ -16,7 +16,7 @@ from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, archive, cgroups, enter, lxcfs, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
-from jailmgr.runtime.jail import Jail, signal_number
+from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.pty import fs_type
 
@@ -257,7 +257,7 @@ class Session:
 
     def _signal(self, body: dict[str, Any], fds: list[int]) -> None:
         if self.child is not None:
-            self.child.signal(signal_number(str(body["signal"])))
+            self.child.signal(process.signal_number(str(body["signal"])))
 
     def _archive(self, body: dict[str, Any], fds: list[int]) -> None:
         """`cp`: in a running jail by entering it, in a stopped one by a process 1 of our own in its place."""
@@ -287,6 +287,8 @@ class Session:
             enterer, control = enter.enter(jail.pidfd, bundle, hierarchies, fds, work)
             self.child = Child(self, enterer, control)
             return
+        if jail is not None:
+            raise _busy(jail)
         visitor = Jail(supervisor.host, body["jail"], body["lib"])
         visitor.visit(spawn.Payload(copy, fds))
         visitor.waiters.append(lambda _: self.finish(visitor.visit_result()))
@@ -350,6 +352,10 @@ def _busy(jail: Jail) -> JailmgrError:
     if jail.once:
         why = "something is being copied to or from it"
         return JailmgrError(f"jail {jail.name}", why, "Try again when that is done.", "conflict")
+    if not jail.running:
+        # It would be forgotten when that which now takes its place has ended.
+        why, hint = "is about to be started again", f"Stop it first: jailmgr stop {jail.name}"
+        return JailmgrError(f"jail {jail.name}", why, hint, "conflict")
     return JailmgrError(f"jail {jail.name}", "is already running", "", "conflict")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -165,6 +166,16 @@ def release(spawned: Spawned) -> None:
         result(spawned)
     finally:
         spawned.control.close()
+
+
+def give_up(spawned: Spawned) -> None:
+    """End a process 1 that could not be released. It ends by itself, unless it was about to exec what the guest has."""
+    spawned.control.close()
+    signal.pidfd_send_signal(spawned.pidfd, signal.SIGKILL)
+    os.waitid(os.P_PIDFD, spawned.pidfd, os.WEXITED)
+    for fd in (spawned.pidfd, spawned.console, spawned.notify):
+        if fd is not None:
+            os.close(fd)
 
 
 def result(spawned: Spawned) -> None:

@@ -1,6 +1,7 @@
 """What a tenant's runtime directory and a jail's own say about it: small JSON files anyone may read.
 
-RUN/tenants/TENANT/JAIL.json exists while the jail runs, LIB/jails/TENANT/JAIL/last.json tells how it last ended.
+RUN/tenants/TENANT/JAIL.json exists while the jail runs, JAIL.waits while its supervisor is about to start it again, and
+LIB/jails/TENANT/JAIL/last.json tells how it last ended.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ VERSION = 1
 LAST = "last.json"
 RUNS = "runs"
 """An empty file beside it from the jail's start to an end that isn't the host's: it is to run again after a boot."""
+WAITS = ".waits"
 LOCK = "supervisor.lock"
 SUPERVISOR_LOG = "supervisor.log"
 
@@ -39,6 +41,17 @@ class State(NamedTuple):
     once: bool = False
     """Not the jail's own init but a build, or a visit of `cp` to a stopped jail: it ends with who asked for it."""
     version: int = VERSION
+
+
+class Wait(NamedTuple):
+    """A jail between two runs, of which only its supervisor's timer knows otherwise. As State."""
+
+    lib: str
+    restarts: int
+    """The number of the start to come."""
+    tries: int
+    """How far its back-off has come."""
+    boot_id: str
 
 
 def host_boot_id() -> str:
@@ -68,6 +81,33 @@ def remove_state(run: str, jail: str) -> None:
         pass
 
 
+def write_wait(run: str, jail: str, wait: Wait) -> None:
+    write_json(f"{run}/{jail}{WAITS}", wait._asdict())
+
+
+def load_wait(run: str, jail: str) -> Wait | None:
+    """The file's content; None when there is none or it isn't one of ours."""
+    try:
+        return Wait(**(read_json(f"{run}/{jail}{WAITS}") or {}))
+    except TypeError:
+        return None
+
+
+def waits(root: Root, tenant: str, jail: str) -> bool:
+    """Whether it is about to be started again: by its supervisor or, if that was killed, the next one.
+
+    A supervisor of a release from before there was this file keeps that to itself.
+    """
+    return os.path.exists(f"{root.tenant_run(tenant)}/{jail}{WAITS}")
+
+
+def remove_wait(run: str, jail: str) -> None:
+    try:
+        os.unlink(f"{run}/{jail}{WAITS}")
+    except FileNotFoundError:
+        pass
+
+
 def read_state(root: Root, tenant: str, jail: str) -> State | None:
     """A running jail's state; None when it doesn't run.
 
@@ -82,10 +122,7 @@ def read_state(root: Root, tenant: str, jail: str) -> State | None:
 
 
 def may_run(root: Root, tenant: str, jail: str) -> bool:
-    """Whether a state file stands for something that lives: the jail, a build, a visit, or what another release knows.
-
-    In doubt it does: this is asked by what cleans up.
-    """
+    """Whether a state file stands for what lives: the jail, a build, a visit, or something that another release knows."""
     path = f"{root.tenant_run(tenant)}/{jail}.json"
     state = load_state(root.tenant_run(tenant), jail)
     if state is None:
@@ -111,11 +148,42 @@ def ran(root: Root, tenant: str, jail: str) -> bool:
 
 def running_jails(root: Root, tenant: str) -> list[str]:
     """Names of the jails with a state file: one directory read, however many are stopped."""
+    return _names(root, tenant, ".json")
+
+
+def waiting_jails(root: Root, tenant: str) -> list[str]:
+    """Names of the jails of which `waits` is true."""
+    return _names(root, tenant, WAITS)
+
+
+def jails_up(root: Root, tenant: str) -> list[str]:
+    """Names of both, by one look: one that goes over from this to that is not missed."""
+    return sorted({*_names(root, tenant, ".json", WAITS)})
+
+
+def all_up(root: Root) -> frozenset[tuple[str, str]]:
+    """Tenant and name of all that may run or is about to: builds, visits and jails that no store knows of, too.
+
+    In doubt it is among them: this is asked by what cleans up.
+    """
+    try:
+        tenants = os.listdir(f"{root.run}/tenants")
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(
+        (tenant, jail)
+        for tenant in tenants
+        for jail in jails_up(root, tenant)
+        if waits(root, tenant, jail) or may_run(root, tenant, jail)
+    )
+
+
+def _names(root: Root, tenant: str, *endings: str) -> list[str]:
     try:
         names = os.listdir(root.tenant_run(tenant))
     except FileNotFoundError:
         return []
-    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
+    return [name.removesuffix(ending) for name in names for ending in endings if name.endswith(ending)]
 
 
 def read_last(root: Root, tenant: str, jail: str) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jailmgr.runtime import cgroups
-from tests.system.instance import Instance, alive
+from tests.system.instance import Instance, alive, kill
 from tests.system.leftovers import leftovers, running
 
 BUILD_WITHIN = 300
@@ -31,6 +32,7 @@ def fixed(instance: Instance) -> str:
 
 def test_a_jail_whose_row_is_lost_keeps_all_it_has(instance: Instance) -> None:
     instance("launch", "busybox", "old", within=BUILD_WITHIN)
+    instance("delete", "--force", "old")
     instance("engine", "stop")
     store = Path(instance.root.store)
     shutil.copy(store, f"{store}.before")
@@ -53,6 +55,19 @@ def test_a_jail_whose_row_is_lost_keeps_all_it_has(instance: Instance) -> None:
     os.rename(f"{store}.after", store)
     assert instance.info("new")["init_pid"] == info["init_pid"]
     assert instance.sh("new", "cat /root/note").out == "kept\n"
+
+
+def test_what_another_release_runs_is_left_alone(instance: Instance) -> None:
+    instance("launch", "busybox", "theirs", within=BUILD_WITHIN)
+    info = instance.info("theirs")
+    state = Path(instance.root.tenant_run("default"), "theirs.json")
+    content = json.loads(state.read_text())
+    kill(instance.engine_pid())
+    state.write_text(json.dumps(content | {"version": 99}))
+    fixed(instance)
+    assert alive(info["init_pid"])
+    state.write_text(json.dumps(content))
+    assert instance.info("theirs")["init_pid"] == info["init_pid"]
 
 
 def test_a_group_with_processes_of_no_jail_goes(instance: Instance) -> None:
