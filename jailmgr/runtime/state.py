@@ -122,7 +122,7 @@ def read_state(root: Root, tenant: str, jail: str) -> State | None:
 
 
 def may_run(root: Root, tenant: str, jail: str) -> bool:
-    """Whether a state file stands for what lives: the jail, a build, a visit, or something that another release knows."""
+    """Whether a state file stands for what lives: the jail, a build, a visit, or what another release knows."""
     path = f"{root.tenant_run(tenant)}/{jail}.json"
     state = load_state(root.tenant_run(tenant), jail)
     if state is None:
