@@ -48,6 +48,7 @@ def test_after(host: Instance) -> None:
     }
     assert begun[FIRST]["started_at"] < begun[SECOND]["started_at"]
     assert unit_property("jailmgr-autostart.service", "Result") == "success"
+    assert unit_property("jailmgr-autostart.service", "ExecMainStatus") == "0", "a failure of it is no result"
     leftovers = next(row for row in host("doctor", "--format", "json", status=None).json if row["check"] == "leftovers")
     assert leftovers["ok"], leftovers
 
