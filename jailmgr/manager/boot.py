@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 
@@ -18,12 +19,19 @@ from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
+from jailmgr.runtime.jsonfile import read_json, write_json
 from jailmgr.runtime.state import host_boot_id, jails_up, ran
 from jailmgr.store import Store
 
+DOWN = "down.json"
+"""In the run directory, with the boot's id: since jails were stopped for the host's end, none is started by itself."""
+
 
 def autostart(m: Manager) -> None:
-    """Start the jails that want it, once after each boot of the host: what every first engine does."""
+    """Start the jails that want it, once after each boot of the host: what every first engine does.
+
+    Not one that begins after `shut_down` has cut that off.
+    """
     with m.boot_lock:
         boot_id = host_boot_id()
         if m.store.fact("boot_id") != boot_id and _start_wanted(m):
@@ -32,6 +40,8 @@ def autostart(m: Manager) -> None:
 
 def start_wanted(m: Manager) -> None:
     """The same whenever it is asked for, and returns when all have been started."""
+    with suppress(FileNotFoundError):
+        os.unlink(f"{m.root.run}/{DOWN}")
     with m.boot_lock:
         if _start_wanted(m):
             m.store.set_fact("boot_id", host_boot_id())
@@ -40,14 +50,20 @@ def start_wanted(m: Manager) -> None:
 def _start_wanted(m: Manager) -> bool:
     """Those with `boot.autostart`, and where that isn't set those that ran when the host went down; by priority.
 
-    False where the engine stops before all have been: the next one goes on.
+    False where the engine stops before all have been: the next one goes on. So it is where the host goes down.
     """
     wanted = [jail for jail in m.store.jails() if _wanted(m.root, jail)]
     for jail in sorted(wanted, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
+        if _goes_down(m.root):
+            return False
         attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
         if m.watcher is None or m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
             return False
     return True
+
+
+def _goes_down(root: Root) -> bool:
+    return (read_json(f"{root.run}/{DOWN}") or {}).get("boot_id") == host_boot_id()
 
 
 def _wanted(root: Root, jail: Jail) -> bool:
@@ -69,6 +85,8 @@ def shut_down(root: Root) -> list[JailmgrError]:
     rest was. Raises JailmgrError where the store can't be read.
     """
     configs = _configs(root)
+    if os.path.isdir(root.run):
+        write_json(f"{root.run}/{DOWN}", {"boot_id": host_boot_id()})
     alive = [(tenant, jail) for tenant in _tenants(root) for jail in jails_up(root, tenant)]
     order = {jail: -int(configs.get(jail, {}).get("boot.stop.priority", 0)) for jail in alive}
     failed: list[JailmgrError] = []
