@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 
@@ -22,16 +23,22 @@ from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
+from jailmgr.runtime.jsonfile import read_json, write_json
 from jailmgr.runtime.state import host_boot_id, jails_up, ran
 from jailmgr.store import Store
 
 STARTS_AT_ONCE = 4
 SHUTDOWN_SECONDS = 600.0
 """Of all jails together: no jail's keys and no init keep a host from going down."""
+DOWN = "down.json"
+"""In the run directory, with the boot's id: since jails were stopped for the host's end, none is started by itself."""
 
 
 def autostart(m: Manager) -> None:
-    """Start the jails that want it, once after each boot of the host: what every first engine does."""
+    """Start the jails that want it, once after each boot of the host: what every first engine does.
+
+    Not one that begins after `shut_down` has cut that off.
+    """
     with m.boot_lock:
         boot_id = host_boot_id()
         if m.store.fact("boot_id") != boot_id and _start_wanted(m):
@@ -40,6 +47,8 @@ def autostart(m: Manager) -> None:
 
 def start_wanted(m: Manager) -> None:
     """The same whenever it is asked for, and returns when all have been started."""
+    with suppress(FileNotFoundError):
+        os.unlink(f"{m.root.run}/{DOWN}")
     with m.boot_lock:
         if _start_wanted(m):
             m.store.set_fact("boot_id", host_boot_id())
@@ -49,7 +58,7 @@ def _start_wanted(m: Manager) -> bool:
     """Those with `boot.autostart`, and where that isn't set those that ran when the host went down; by priority.
 
     That and the delay are a tenant's own: tenants start side by side, and none waits for what another's jails say.
-    False where the engine stops before all have been: the next one goes on.
+    False where the engine stops before all have been: the next one goes on. So it is where the host goes down.
     """
     wanted: dict[str, list[Jail]] = {}
     for jail in m.store.jails():
@@ -64,11 +73,17 @@ def _start_wanted(m: Manager) -> bool:
 
 def _start_in_order(m: Manager, at_once: threading.Semaphore, jails: list[Jail]) -> bool:
     for jail in sorted(jails, key=lambda jail: -int(jail.config.get("boot.autostart.priority", 0))):
+        if _goes_down(m.root):
+            return False
         with at_once:
             attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
         if m.watcher is None or m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
             return False
     return True
+
+
+def _goes_down(root: Root) -> bool:
+    return (read_json(f"{root.run}/{DOWN}") or {}).get("boot_id") == host_boot_id()
 
 
 def _wanted(root: Root, jail: Jail) -> bool:
@@ -86,10 +101,10 @@ def shut_down(root: Root) -> list[JailmgrError]:
     """Stop every jail that runs, those of the highest `boot.stop.priority` first and those of one at a time together.
 
     Those that are about to be started again, too. Tenants side by side, and SHUTDOWN_SECONDS at most: then what is left
-    is killed. By their supervisors, with no
-    engine: when a host goes down, none may be started any more. What runs now is started again after the boot. Gives
-    what could not be stopped, after which the rest was. Where the store can't be read, that is among it, and the jails
-    are stopped as if they had none of the keys above: a host that goes down doesn't wait.
+    is killed. By their supervisors, with no engine: when a host goes down, none may be started any more. What runs now
+    is started again after the boot. Gives what could not be stopped, after which the rest was. Where the store can't be
+    read, that is among it, and the jails are stopped as if they had none of the keys above: a host that goes down
+    doesn't wait.
     """
     failed: list[JailmgrError] = []
     configs: dict[tuple[str, str], Config] = {}
@@ -97,6 +112,8 @@ def shut_down(root: Root) -> list[JailmgrError]:
         configs = _configs(root)
     except JailmgrError as error:
         failed.append(error)
+    if os.path.isdir(root.run):
+        write_json(f"{root.run}/{DOWN}", {"boot_id": host_boot_id()})
     deadline = time.monotonic() + SHUTDOWN_SECONDS
     if tenants := _tenants(root):
         with ThreadPoolExecutor(len(tenants)) as threads:

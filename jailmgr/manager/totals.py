@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cgroup_of, cpus_of, kernel_limits, limits_of, tenant_limits, write_bundle
-from jailmgr.manager.view import running
+from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail, Tenant
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.cgroups import Limits
@@ -92,9 +92,11 @@ def change_totals(m: Manager, old: Tenant, new: Tenant, undo: ExitStack) -> None
 
 
 def rewrite_bundles(m: Manager, old: Tenant, new: Tenant) -> None:
-    """The configurations that running jails reboot with, where the new totals, now in the store, change them."""
-    for jail in _running(m, new.name):
-        if kernel_limits(m, jail, old) != kernel_limits(m, jail, new):
+    """The configurations that jails reboot with, or are about to be started with, where the new totals, now in the
+    store, change them.
+    """
+    for jail in m.store.jails(new.name):
+        if is_up(m, jail) and kernel_limits(m, jail, old) != kernel_limits(m, jail, new):
             write_bundle(m, jail)
 
 

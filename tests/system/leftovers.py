@@ -12,8 +12,8 @@ from jailmgr.config import Root
 from jailmgr.runtime.cgroup_hierarchies import relative
 from tests.system.instance import alive, kill
 
-QUIET_FILES = ("store.db", "usage.db", "engine.log")
-"""Files whose companions (-wal, -shm, .1) come and go."""
+QUIET_FILES = ("store.db", "usage.db", "engine.log", "down.json")
+"""Files whose companions (-wal, -shm, .1) come and go, and what `engine shutdown` leaves until the next boot."""
 
 
 def leftovers(root: Root) -> set[str]:

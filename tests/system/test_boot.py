@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from jailmgr.store import Store
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, alive, until
 
@@ -39,6 +40,22 @@ def test_what_ran_is_started_again(jm: Instance, busybox_jail: MakeJail) -> None
     before = jm.info(ran)["init_pid"]
     assert jm.json("engine", "autostart") == {}
     assert jm.info(ran)["init_pid"] == before
+
+
+def test_an_engine_that_begins_after_the_shutdown_starts_none(jm: Instance, busybox_jail: MakeJail) -> None:
+    """Where it cut the start after the boot off, which the next engine would otherwise go on with."""
+    name = busybox_jail()
+    jm("engine", "stop")
+    store = Store(jm.root.store)
+    store.open()
+    store.set_fact("boot_id", "another")
+    store.close()
+    jm("engine", "shutdown")
+    jm("list")
+    jm("engine", "stop")
+    assert jm.status(name) == "Stopped"
+    jm("engine", "autostart")
+    assert jm.status(name) == "Running"
 
 
 def test_all_are_stopped_in_order(jm: Instance, busybox_jail: MakeJail) -> None:

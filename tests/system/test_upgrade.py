@@ -15,6 +15,7 @@ import pytest
 import jailmgr
 from jailmgr.runtime import attach, protocol
 from tests.system.instance import Instance, alive, terminal, until
+from tests.system.test_back_off import gets_up, in_back_off
 from tests.system.test_supervision import set_init, stopped
 
 ENGINE = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jailmgr.engine.main import main; sys.exit(main())"
@@ -114,6 +115,19 @@ def test_ten_jails_and_an_open_exec(new_instance: Callable[[], Instance], releas
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
+
+
+def test_a_jail_in_its_back_off(new_instance: Callable[[], Instance], release: Path) -> None:
+    """The only one of its tenant: its supervisor goes over all the same, and knows when to start it."""
+    instance = new_instance()
+    instance("launch", "busybox", "one", "-c", "restart=always")
+    in_back_off(instance, "one")
+    supervisor = said(instance)["pid"]
+    with engine_of(release, instance):
+        until(lambda: said(instance)["release"] == RELEASE, 20, "the supervisor goes over")
+        assert said(instance)["pid"] == supervisor
+        gets_up(instance, "one")
+        assert instance.info("one")["restarts"] == 4
 
 
 def test_a_release_that_does_not_begin_changes_nothing(new_instance: Callable[[], Instance], release: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,57 @@ def test_versions() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_maintainer_scripts_are_shell(name: str) -> None:
     subprocess.run(["sh", "-n", TREE / "packaging/debian" / name], check=True)
+
+
+@pytest.fixture
+def maintainer(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs a maintainer script on a host that is made up, and gives the commands that it ran, but for the usual ones.
+
+    What it names of the host is looked for below `tmp_path`; `failing` is a command line that doesn't succeed.
+    """
+    log = tmp_path / "log"
+    fake = f'#!/bin/sh\nline="${{0##*/}} $*"; echo "$line" >> {log}; [ "$line" != "$FAILING" ]\n'
+    commands = ["jailmgr", "deb-systemd-invoke", "deb-systemd-helper", "systemctl", "find", "systemd-tmpfiles"]
+    paths = [f"bin/{name}" for name in commands] + ["lib/systemd/systemd-sysctl", "usr/lib/jailmgr/bin/python3"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(fake)
+        (tmp_path / path).chmod(0o755)
+    for path in ("run/systemd/system", "run/jailmgr"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "run/jailmgr/engine.lock").touch()
+
+    def run(name: str, *argv: str, failing: str = "") -> list[str]:
+        text = (TREE / "packaging/debian" / name).read_text()
+        text = re.sub(r"(?<![\w/])/(?=(run|usr|lib|etc|sys)/)", f"{tmp_path}/", text)
+        log.write_text("")
+        path = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "FAILING": failing}
+        done = subprocess.run(["sh", "-c", text, name, *argv], env=path, capture_output=True, text=True)
+        assert (done.returncode == 0) is not failing.startswith("jailmgr engine"), done.stderr
+        return [line for line in log.read_text().splitlines() if line.startswith(("jailmgr ", "deb-systemd-invoke "))]
+
+    return run
+
+
+def test_a_removal_ends_the_engine_before_it_stops_the_jails(maintainer: Callable[..., list[str]]) -> None:
+    stop = "deb-systemd-invoke stop jailmgr-autostart.service jailmgr.socket jailmgr-users.socket jailmgr.service"
+    first = [stop, "jailmgr --quiet engine stop", "jailmgr engine shutdown"]
+    assert maintainer("prerm", "remove") == [*first, "jailmgr --quiet list", "jailmgr --quiet engine stop", stop]
+    assert maintainer("prerm", "remove", failing="jailmgr engine shutdown") == first
+    assert maintainer("prerm", "upgrade", "1.2.3") == []
+
+
+@pytest.mark.parametrize("why", ["abort-remove", "abort-deconfigure"])
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_removal_that_failed_is_undone(maintainer: Callable[..., list[str]], why: str, listens: bool) -> None:
+    """However far it came: `list` starts the socket unit again."""
+    asked = "" if listens else "systemctl --quiet is-active jailmgr.socket"
+    ran = maintainer("postinst", why, failing=asked)
+    assert ran[-1] == "deb-systemd-invoke start jailmgr.socket jailmgr-autostart.service jailmgr-users.socket"
+
+
+def test_an_upgrade_starts_the_engine_anew_and_nothing_else(maintainer: Callable[..., list[str]]) -> None:
+    assert maintainer("postinst", "configure", "1.2.3") == ["deb-systemd-invoke try-restart jailmgr.service"]
 
 
 def test_sysctl_file_gives_what_doctor_wants() -> None:
