@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from jailmgr.engine.callers import CONNECTIONS_EACH
-from jailmgr.runtime import protocol
+from jailmgr.runtime import doorkeeper, protocol
 from tests.system.conftest import MakeJail, numbers
 from tests.system.instance import COMMAND, Instance, Result, until
 
@@ -230,8 +229,8 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
     assert "error" not in answer
     with contextlib.closing(sock):
 
-        def say(op: str, fds: list[int] | None = None, **values: Any) -> dict[str, Any]:
-            protocol.send(sock, {"v": protocol.VERSION, "op": op, **values}, fds)
+        def say(op: str, **values: Any) -> dict[str, Any]:
+            protocol.send(sock, {"v": protocol.VERSION, "op": op, **values})
             message = protocol.receive(sock)
             assert message is not None
             return message.body
@@ -241,14 +240,15 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
             told = say(op, jail="second", lib=lib, argv=["/bin/sh"], signal="SIGKILL", force=True)
             assert told["error"]["code"] == "invalid", (op, told)
             assert "does not know" in told["error"]["why"]
-        ear, mouth = os.pipe()
-        null = os.open(os.devnull, os.O_RDWR)
-        ended = say("exec", [null, mouth, mouth], jail="second", args=["ls", "/root"], env={})
-        os.close(mouth)
-        assert ended == {"exit": {"code": 0}}
-        assert b"second" not in os.read(ear, 100)
-        for fd in (ear, null):
-            os.close(fd)
+        protocol.send(sock, {"v": protocol.VERSION, "op": "exec", "jail": "second", "args": ["ls", "/root"], "env": {}})
+        begun = protocol.receive(sock)
+        assert begun is not None
+        assert begun.body == {"pipes": 3}
+        ended = protocol.receive(sock)
+        assert ended is not None
+        assert ended.body == {"exit": {"code": 0}}
+        assert b"second" not in os.read(begun.fds[1], 100)
+        protocol.close_all(begun.fds)
         for op in ("exec", "archive", "console"):
             assert say(op, args=["true"], env={}, path="/root", out=True)["error"]["code"] == "denied", op
         protocol.send(sock, {"op": "x" * 1000})
@@ -260,7 +260,7 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
 
 def test_no_user_takes_the_engine_from_the_others(jm: Instance, tenant: str) -> None:
     """All the connections Bob may have, and more, each with half a request: root and Alice are served as before."""
-    held: list[_socket.socket] = [connected(jm, BOB) for _ in range(CONNECTIONS_EACH * 2)]
+    held: list[_socket.socket] = [connected(jm, BOB) for _ in range(doorkeeper.EACH[doorkeeper.HTTP] * 2)]
     try:
         for sock in held:
             with contextlib.suppress(OSError):
