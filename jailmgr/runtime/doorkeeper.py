@@ -40,7 +40,7 @@ CHILDREN = sum(ALL) + 128
 """With so many, dying ones too, nobody is let in until one ends."""
 GATHER = 16
 """Connections taken before the engine's word, and the ends of children, are looked at again."""
-BACKLOG = 512
+BACKLOG = 2048
 SO_PEERGROUPS = 59
 """asm-generic/socket.h; the socket module has no name for it."""
 NOBODY = 0xFFFFFFFF
