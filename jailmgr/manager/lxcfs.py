@@ -31,6 +31,8 @@ from jailmgr.runtime.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 SBIN = "/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin:/bin"
 DEVICE = "/dev/fuse"
 START_S, STOP_S = 10.0, 2.0
+RENEW_S = 60.0
+"""For a supervisor to put the files into all of its jails."""
 ENDS_MAX, ENDS_S = 5, 10.0
 """So many ends in so many seconds, and it is started again with the next jail only."""
 
@@ -254,7 +256,7 @@ def _renew(root: Root) -> bool:
             continue
         try:
             with attach.connect(root, tenant, start=False) as supervisor:
-                failed = supervisor.ask("renew_lxcfs", mounted=root.lxcfs).body["failed"]
+                failed = supervisor.ask("renew_lxcfs", within=RENEW_S, mounted=root.lxcfs).body["failed"]
         except (JailmgrError, OSError) as error:
             log.error("lxcfs: tenant %s: %s", tenant, error)
             done = False

@@ -76,7 +76,7 @@ def _supervisor(m: Manager, tenant: str) -> attach.Supervisor:
     held = m.watcher.take(tenant) if m.watcher is not None else None
     if held is not None:
         try:
-            held.ask("hello")
+            held.ask("hello", within=attach.ANSWER_SECONDS)
             return held
         except JailmgrError:
             held.close()

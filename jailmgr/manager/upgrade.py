@@ -21,9 +21,9 @@ def renew_supervisor(root: Root, tenant: str) -> None:
     It does so when nothing of its is half done. One from before there was a way to ask goes on as it is, and ends with
     its last jail. Raises JailmgrError, OSError where it doesn't answer.
     """
-    sock = protocol.connect(root.tenant_run(tenant), protocol.SOCKET)
+    sock = protocol.connect(root.tenant_run(tenant), protocol.SOCKET, attach.ANSWER_SECONDS)
     with attach.Supervisor(root, tenant, sock) as supervisor:
-        hello = supervisor.ask("hello").body
+        hello = supervisor.ask("hello", within=attach.ANSWER_SECONDS).body
         release = hello.get("release")
         if release == __version__:
             return
@@ -39,7 +39,7 @@ def renew_supervisor(root: Root, tenant: str) -> None:
             log.error("tenant %s keeps its supervisor of release %s: ours does not begin (%s)", tenant, release, last)
             return
         try:
-            supervisor.ask("reexec", argv=argv)
+            supervisor.ask("reexec", within=attach.ANSWER_SECONDS, argv=argv)
         except JailmgrError as error:
             log.warning("tenant %s keeps its supervisor of release %s: %s", tenant, release, error)
         else:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _STARTING = "supervisor.starting"
 _SCOPE_STARTING = "scope.starting"
 _TRIES = 3
+ANSWER_SECONDS = 15.0
+"""For what a supervisor answers at once. One that hangs must not keep the engine from serving other tenants."""
 _SPAWN = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -43,6 +45,8 @@ class Supervisor:
         self._root = root
         self._tenant = tenant
         self.sock = sock
+        self.admitted = False
+        """By the engine, for a user: there is a relay in between, which passes no fds of ours on."""
 
     def __enter__(self) -> Supervisor:
         return self
@@ -53,10 +57,21 @@ class Supervisor:
     def close(self) -> None:
         self.sock.close()
 
-    def ask(self, operation: str, fds: list[int] | None = None, **values: Any) -> protocol.Message:
-        """Send a request and wait for its (first) answer. Raises JailmgrError with what the supervisor says."""
-        self.tell(operation, fds, **values)
-        return self.hear()
+    def ask(
+        self, operation: str, fds: list[int] | None = None, within: float | None = None, **values: Any
+    ) -> protocol.Message:
+        """Send a request and wait for its (first) answer. Raises JailmgrError with what the supervisor says.
+
+        `within`: seconds it has for that; JailmgrError `unavailable` then, and the connection is of no more use.
+        """
+        if within is not None:
+            self.sock.settimeout(within)
+        try:
+            self.tell(operation, fds, **values)
+            return self.hear()
+        finally:
+            if within is not None:
+                self.sock.settimeout(None)
 
     def tell(self, operation: str, fds: list[int] | None = None, **values: Any) -> None:
         try:
@@ -68,6 +83,8 @@ class Supervisor:
         """The next message, an error or not."""
         try:
             said = protocol.receive(self.sock)
+        except TimeoutError as error:
+            raise silent(self._tenant) from error
         except (OSError, ValueError) as error:
             raise self._lost() from error
         if said is None:
@@ -134,7 +151,13 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
             sock = _try(run)
             if sock is not None:
                 return Supervisor(root, tenant, sock)
-    raise JailmgrError(f"supervisor of {tenant}", "does not answer", f"See {run}/supervisor.log.", "unavailable")
+    raise silent(tenant)
+
+
+def silent(tenant: str) -> JailmgrError:
+    """The error of a supervisor that hangs, or that there is none of."""
+    hint = "See supervisor.log in its directory. Killing it stops no jail: another one takes them over."
+    return JailmgrError(f"supervisor of {tenant}", "does not answer", hint, "unavailable")
 
 
 def connect_user(root: Root, tenant: str, jail: str) -> Supervisor:
@@ -144,6 +167,7 @@ def connect_user(root: Root, tenant: str, jail: str) -> Supervisor:
     except OSError:
         raise JailmgrError("jailmgr", "only root may do this", "Run it with sudo.", "denied") from None
     supervisor = Supervisor(root, tenant, sock)
+    supervisor.admitted = True
     protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
     supervisor.hear()
     return supervisor
@@ -166,15 +190,21 @@ def connect_running(root: Root, tenant: str, jail: str) -> Supervisor:
 def _try(run: str) -> _socket.socket | None:
     """Connect and hear a word: one that is just ending takes connections it will never answer."""
     try:
-        sock = protocol.connect(run, protocol.SOCKET)
+        sock = protocol.connect(run, protocol.SOCKET, ANSWER_SECONDS)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
+    except BlockingIOError:
+        raise silent(os.path.basename(run)) from None
     try:
+        sock.settimeout(ANSWER_SECONDS)
         protocol.send(sock, {"v": protocol.VERSION, "op": "hello"})
         said = protocol.receive(sock)
         if said is not None:
             _check_version(said.body, run)
+            sock.settimeout(None)
             return sock
+    except TimeoutError:
+        raise silent(os.path.basename(run)) from None
     except (ConnectionResetError, BrokenPipeError):
         pass
     sock.close()
@@ -216,12 +246,11 @@ def _begin(root: Root, run: str) -> None:
     """It has nothing of ours but the pipe on which it says that it listens."""
     from jailmgr.runtime import scope
 
-    package = _package()
     ear, mouth = os.pipe()
     try:
         os.set_inheritable(mouth, True)
         group = scope.directory(root.cgroup)
-        argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _SPAWN, package, run, str(mouth), group]
+        argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _SPAWN, package(), run, str(mouth), group]
         if group:
             argv = scope.begin(root.cgroup, argv)
         pid = os.posix_spawn(argv[0], argv, {"PATH": os.defpath, "LC_ALL": "C.UTF-8"})
@@ -239,7 +268,7 @@ def _begin(root: Root, run: str) -> None:
         raise JailmgrError("supervisor", "ended while it started", f"See {run}/supervisor.log.", "unavailable")
 
 
-def _package() -> str:
+def package() -> str:
     import jailmgr
 
     return os.path.dirname(os.path.dirname(os.path.abspath(jailmgr.__file__)))
@@ -250,7 +279,7 @@ def successor(root: Root, tenant: str) -> list[str]:
 
     It gets the number of a memfd as its last word; with -1 it only sees that it could.
     """
-    return [sys.executable, "-I", "-S", "-X", "utf8", "-c", _RESUME, _package(), root.tenant_run(tenant)]
+    return [sys.executable, "-I", "-S", "-X", "utf8", "-c", _RESUME, package(), root.tenant_run(tenant)]
 
 
 def run_once(root: Root, tenant: str, jail: str, output: Callable[[bytes], None]) -> int:

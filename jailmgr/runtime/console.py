@@ -65,12 +65,22 @@ class Log:
 
 
 class Watcher:
-    """Someone at the console: what it shows goes to `sock`; with `typed`, what comes from there is typed."""
+    """Someone at the console: what it shows goes to `sock`; with `typed`, what comes from there is typed.
+
+    Else nothing can be sent on it: a user might send fds, whose last close we would wait for.
+    """
 
     def __init__(self, sock: socket.socket, typed: bool) -> None:
         self.sock = sock
         self.typed = typed
         self.pending = bytearray()
+        if not typed:
+            sock.shutdown(socket.SHUT_RD)
+
+    @property
+    def wanted(self) -> int:
+        """What to wait for at `sock`; one that is shut looks readable for ever, but it tells of its end."""
+        return (READ if self.typed else 0) | (WRITE if self.pending else 0)
 
 
 class Console:
@@ -92,7 +102,14 @@ class Console:
     def add(self, watcher: Watcher) -> None:
         watcher.sock.setblocking(False)
         self.watchers.append(watcher)
-        self._loop.watch(watcher.sock.fileno(), lambda events: self._watcher_ready(watcher, events))
+        self._loop.watch(watcher.sock.fileno(), lambda events: self._watcher_ready(watcher, events), watcher.wanted)
+
+    def type(self, data: bytes) -> None:
+        """What doesn't fit is lost, as with a terminal."""
+        if len(self.typed) < PENDING_MAX:
+            self.typed += data
+            if not self._paused:
+                self._listen()
 
     def remove(self, watcher: Watcher) -> None:
         if watcher in self.watchers:
@@ -172,14 +189,10 @@ class Console:
                 if not data:
                     self.remove(watcher)
                     return
-                if watcher.typed and len(self.typed) < PENDING_MAX:
-                    self.typed += data
-                    if not self._paused:
-                        self._listen()
+                self.type(data)
         except BlockingIOError:
             pass
         except OSError:
             self.remove(watcher)
             return
-        wanted = READ | (WRITE if watcher.pending else 0)
-        self._loop.watch(watcher.sock.fileno(), lambda more: self._watcher_ready(watcher, more), wanted)
+        self._loop.watch(watcher.sock.fileno(), lambda more: self._watcher_ready(watcher, more), watcher.wanted)

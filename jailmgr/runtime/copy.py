@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_dict
@@ -21,14 +22,18 @@ def copy_in(root: Root, tenant: str, jail: str, path: str, giver: Callable[[int]
 
 
 def _copy(root: Root, tenant: str, jail: str, path: str, out: bool, other: Callable[[int], None]) -> None:
-    ear, mouth = os.pipe()
-    theirs, ours = (mouth, ear) if out else (ear, mouth)
     broken: BaseException | None = None
     with connect(root, tenant) if os.geteuid() == 0 else connect_user(root, tenant, jail) as supervisor:
-        try:
-            supervisor.tell("archive", [theirs], jail=jail, lib=root.jail_lib(tenant, jail), path=path, out=out)
-        finally:
-            os.close(theirs)
+        request: dict[str, Any] = {"jail": jail, "lib": root.jail_lib(tenant, jail), "path": path, "out": out}
+        if supervisor.admitted:
+            (ours,) = supervisor.ask("archive", **request).fds
+        else:
+            ear, mouth = os.pipe()
+            theirs, ours = (mouth, ear) if out else (ear, mouth)
+            try:
+                supervisor.tell("archive", [theirs], **request)
+            finally:
+                os.close(theirs)
         try:
             other(ours)
         except Exception as error:  # noqa: BLE001 - raised below, unless the jail's side says why it went

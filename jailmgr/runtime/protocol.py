@@ -53,9 +53,9 @@ def send(sock: _socket.socket, body: dict[str, Any], fds: list[int] | None = Non
     sock.sendmsg([raw], beside, _socket.MSG_NOSIGNAL)
 
 
-def receive(sock: _socket.socket) -> Message | None:
-    """The next message; None at the end. Raises ValueError on what isn't one, with its fds closed."""
-    room = _socket.CMSG_SPACE(FDS_MAX * struct.calcsize("i"))
+def receive(sock: _socket.socket, fds_max: int = FDS_MAX) -> Message | None:
+    """The next message; None at the end. Raises ValueError on what isn't one or has more fds, with those closed."""
+    room = _socket.CMSG_SPACE(fds_max * struct.calcsize("i")) if fds_max else 0
     raw, beside, flags, _ = sock.recvmsg(MESSAGE_MAX + 1, room, _socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, content in beside:
@@ -80,13 +80,20 @@ def close_all(fds: list[int]) -> None:
         os.close(fd)
 
 
-def connect(directory: str, name: str) -> _socket.socket:
-    """Connect to a socket below `directory`, however long its path is (by way of /proc/self/fd)."""
+def connect(directory: str, name: str, within: float = 0) -> _socket.socket:
+    """Connect to a socket below `directory`, however long its path is (by way of /proc/self/fd).
+
+    `within`: seconds for room in its backlog, BlockingIOError then. 0: it is waited for.
+    """
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
         at = os.open(directory, os.O_PATH | os.O_DIRECTORY)
         try:
+            if within:
+                sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("ll", int(within), 0))
             sock.connect(f"/proc/self/fd/{at}/{name}")
+            if within:
+                sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, bytes(struct.calcsize("ll")))
         finally:
             os.close(at)
     except BaseException:

@@ -73,6 +73,10 @@ def exec_(
             relay = _Relay(supervisor, undo)
             if tty:
                 supervisor.tell("exec", [], **request)
+            elif supervisor.admitted:
+                supervisor.tell("exec", [], **request)
+                relay.forward_signals()
+                return relay.pump()
             else:
                 passed = [relay.passable(fd) for fd in (0, 1, 2)]
                 supervisor.tell("exec", passed, **request)
@@ -155,6 +159,15 @@ class _Relay:
         self._drain()
         return _exit_status(done)
 
+    def pump(self) -> int:
+        """As `run`, through pipes of the supervisor's."""
+        from jailmgr.runtime import pump
+
+        said = self._supervisor.hear_any()
+        if "pipes" not in said.body:
+            return _exit_status(said.body)
+        return _exit_status(pump.run(self._supervisor, said.fds, self._woken, self._signalled))
+
     def _drain(self) -> None:
         """What a terminal still holds; no more than that, for someone inside may go on writing for ever."""
         if self._master >= 0:
@@ -231,12 +244,20 @@ def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> 
                 rows, columns = int.from_bytes(size[:2], "little"), int.from_bytes(size[2:4], "little")
                 supervisor.tell("window", rows=rows, columns=columns)
                 raw_terminal(undo)
-            _join_console(stream)
+            _join_console(stream, lambda typed: _type(supervisor, stream, typed))
         finally:
             _take_back(undo)
 
 
-def _join_console(stream: int) -> None:
+def _type(supervisor: Supervisor, stream: int, typed: bytes) -> None:
+    if supervisor.admitted:
+        supervisor.tell("type", text=typed.decode("latin-1"))
+        return
+    while typed:
+        typed = typed[os.write(stream, typed) :]
+
+
+def _join_console(stream: int, type_: Callable[[bytes], None]) -> None:
     poll = select.poll()
     poll.register(0, select.POLLIN)
     poll.register(stream, select.POLLIN)
@@ -253,5 +274,5 @@ def _join_console(stream: int) -> None:
                 return
             if not typed:
                 poll.unregister(0)
-            while typed:
-                typed = typed[os.write(stream, typed) :]
+            else:
+                type_(typed)

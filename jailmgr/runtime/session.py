@@ -99,7 +99,8 @@ class Session:
 
     def _ready(self) -> None:
         try:
-            message = protocol.receive(self.sock)
+            # From a user's relay come none: an fd of his would be ours to close, and we wait as long as he likes.
+            message = protocol.receive(self.sock, protocol.FDS_MAX if self.admitted is None else 0)
         except BlockingIOError:
             return
         except (OSError, ValueError):
@@ -247,13 +248,35 @@ class Session:
         _check_not_paused(jail, supervisor.host.hierarchies)
         base = {name: value for name, value in jail.bundle.env.items() if name not in _OF_INIT}
         command = enter.read_command(body, base)
-        if not command.tty:
-            _check_stdio(fds)
-            _give_pipes(fds, jail.bundle.idmap_base)
-        bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
-        work = lambda sock, proc: enter.run(sock, proc, command, fds, bundle, bpf)  # noqa: E731
-        enterer, control = enter.enter(jail.pidfd, bundle, supervisor.host.hierarchies, fds, work)
-        self.child = Child(self, enterer, control)
+        far = [] if command.tty else self._make_pipes(fds, "r", "w", "w")
+        try:
+            if not command.tty:
+                _check_stdio(fds)
+                _give_pipes(fds, jail.bundle.idmap_base)
+            bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
+            work = lambda sock, proc: enter.run(sock, proc, command, fds, bundle, bpf)  # noqa: E731
+            enterer, control = enter.enter(jail.pidfd, bundle, supervisor.host.hierarchies, fds, work)
+            self.child = Child(self, enterer, control)
+            self._give_far(fds, far)
+        finally:
+            protocol.close_all(far)
+
+    def _make_pipes(self, fds: list[int], *ends: str) -> list[int]:
+        """Of a user's session: pipes, whose ends in the jail go into `fds`, and the far ends, for him. Else nothing."""
+        far: list[int] = []
+        if self.admitted is not None:
+            for end in ends:
+                ear, mouth = os.pipe()
+                fds.append(ear if end == "r" else mouth)
+                far.append(mouth if end == "r" else ear)
+        return far
+
+    def _give_far(self, fds: list[int], far: list[int]) -> None:
+        """Ours go first: whoever has the far end of a pipe can have the last close of the near one wait for him."""
+        if far:
+            protocol.close_all(fds)
+            fds.clear()
+            self.tell({"pipes": len(far)}, far)
 
     def _signal(self, body: dict[str, Any], fds: list[int]) -> None:
         if self.child is not None:
@@ -262,13 +285,21 @@ class Session:
     def _archive(self, body: dict[str, Any], fds: list[int]) -> None:
         """`cp`: in a running jail by entering it, in a stopped one by a process 1 of our own in its place."""
         path, outward = body["path"], bool(body["out"])
-        if not path.startswith("/") or "\0" in path or len(fds) != 1:
-            raise ValueError("an absolute path and one pipe")
-        _check_stdio(fds)
+        far = self._make_pipes(fds, "w" if outward else "r")
+        try:
+            if not path.startswith("/") or "\0" in path or len(fds) != 1:
+                raise ValueError("an absolute path and one pipe")
+            _check_stdio(fds)
+            self._copy(body, path, fds, archive.write_tar if outward else archive.read_tar)
+            self._give_far(fds, far)
+        finally:
+            protocol.close_all(far)
+
+    def _copy(self, body: dict[str, Any], path: str, fds: list[int], do: Callable[[str, int], None]) -> None:
         stream = fds[0]
 
         def copy() -> None:
-            (archive.write_tar if outward else archive.read_tar)(path, stream)
+            do(path, stream)
 
         supervisor = self.supervisor
         jail = supervisor.jails.get(body["jail"])
@@ -295,12 +326,12 @@ class Session:
         self._on_close = lambda: visitor.stop("SIGKILL", 0, True)
 
     def _console(self, body: dict[str, Any], fds: list[int]) -> None:
-        """A stream of what the console shows; with `typed`, what is sent on it is typed."""
+        """A stream of what the console shows; with `typed`, what is sent on it is typed. A user's: see `_type`."""
         jail = self.supervisor.find(body["jail"])
         ours, theirs = socket.socketpair()
         try:
             mark = jail.log.mark()
-            jail.watch_console(ours, bool(body.get("typed")))
+            jail.watch_console(ours, bool(body.get("typed")) and self.admitted is None)
             self.console_of = jail
             self.tell({"inode": mark[0], "size": mark[1]}, [theirs.fileno()])
         except JailmgrError:
@@ -308,6 +339,11 @@ class Session:
             raise
         finally:
             theirs.close()
+
+    def _type(self, body: dict[str, Any], fds: list[int]) -> None:
+        """Type at the console, bytes as latin-1. By a stream of the user's own he could send us fds."""
+        if self.console_of is not None and self.console_of.console is not None:
+            self.console_of.console.type(str(body["text"]).encode("latin-1"))
 
     def _window(self, body: dict[str, Any], fds: list[int]) -> None:
         """The size of the terminal in front of the console (TIOCSWINSZ)."""
@@ -336,9 +372,10 @@ _OPERATIONS: dict[str, Callable[[Session, dict[str, Any], list[int]], None]] = {
     "archive": Session._archive,
     "console": Session._console,
     "window": Session._window,
+    "type": Session._type,
     "admit": Session._admit,
 }
-_OF_USERS, _AFTERWARDS = ("exec", "archive", "console"), ("hello", "signal", "window")
+_OF_USERS, _AFTERWARDS = ("exec", "archive", "console"), ("hello", "signal", "window", "type")
 
 
 def _give_pipes(fds: list[int], base: int) -> None:

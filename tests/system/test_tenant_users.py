@@ -5,109 +5,25 @@ from __future__ import annotations
 import _socket
 import contextlib
 import grp
-import json
 import os
-import pwd
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from jailmgr.engine.callers import CONNECTIONS_EACH
-from jailmgr.runtime import protocol
-from tests.system.conftest import MakeJail, numbers
-from tests.system.instance import COMMAND, Instance, Result, until
-
-ALICE, BOB, GROUP = "daemon", "games", "mail"
-"""Users and a group that every Debian has."""
-READS = "+dac_read_search"
-"""The one capability the command keeps: the interpreter may lie where only root can read."""
+from jailmgr.runtime import doorkeeper, protocol
+from tests.system.conftest import MakeJail
+from tests.system.instance import Instance, Result, until
+from tests.system.users import ALICE, BOB, GROUP, alices_tenant, as_user, ask, connected, run_as, session
 
 As = Callable[..., Result]
 
 
 @pytest.fixture
 def tenant(jm: Instance) -> Iterator[str]:
-    """Alice's, with one jail `web` in it."""
-    os.chmod(jm.root.at, 0o711)
-    name = f"t{next(numbers)}"
-    jm("tenant", "create", name, "-c", f"users={ALICE}", "--jails", "3")
-    jm("launch", "busybox", f"{name}/web")
-    yield name
-    for jail in jm.json("--tenant", name, "list"):
-        jm("delete", "--force", f"{name}/{jail['name']}")
-    jm("tenant", "delete", name)
-
-
-def run_as(jm: Instance, user: str, *argv: str, groups: str = "", status: int | None = 0, stdin: bytes = b"") -> Result:
-    """`jailmgr ARGV` as that user."""
-    supplementary = ["--groups", groups] if groups else ["--init-groups"]
-    become = ["--reuid", user, "--regid", str(pwd.getpwnam(user).pw_gid), *supplementary]
-    done = subprocess.run(
-        ["setpriv", *become, f"--inh-caps=-all,{READS}", f"--ambient-caps=-all,{READS}", "--", COMMAND, *argv],
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-        env=jm.environment(),
-        check=False,
-    )
-    result = Result(list(argv), done.returncode, done.stdout.decode(), done.stderr.decode())
-    assert "Traceback" not in result.err, result.told()
-    if status is not None:
-        assert result.status == status, result.told()
-    return result
-
-
-@contextlib.contextmanager
-def as_user(user: str) -> Iterator[None]:
-    """Be that user, with no capability, while it lasts: what the kernel tells of a peer is as of connect(2)."""
-    account = pwd.getpwnam(user)
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(account.pw_gid)
-    os.seteuid(account.pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-
-
-def connected(jm: Instance, user: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(30)
-    with as_user(user):
-        sock.connect(jm.root.user_socket)
-    return sock
-
-
-def ask(sock: socket.socket, method: str, path: str, body: object = None) -> Any:
-    """The engine's answer over a connection that stays."""
-    content = b"" if body is None else json.dumps(body).encode()
-    sock.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
-    answer = b""
-    while b"\r\n\r\n" not in answer:
-        part = sock.recv(65536)
-        assert part, "it hung up"
-        answer += part
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    (length,) = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")]
-    while len(rest) < length:
-        rest += sock.recv(65536)
-    return json.loads(rest)
-
-
-def session(jm: Instance, user: str, tenant: str, jail: str) -> tuple[_socket.socket, dict[str, Any]]:
-    """A session as its protocol begins it, and the first answer."""
-    with as_user(user):
-        sock = protocol.connect(jm.root.users, protocol.SESSIONS)
-    protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
-    message = protocol.receive(sock)
-    assert message is not None
-    return sock, message.body
+    with alices_tenant(jm) as name:
+        yield name
 
 
 def test_a_user_manages_the_jails_of_the_tenant(jm: Instance, tenant: str) -> None:
@@ -230,8 +146,8 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
     assert "error" not in answer
     with contextlib.closing(sock):
 
-        def say(op: str, fds: list[int] | None = None, **values: Any) -> dict[str, Any]:
-            protocol.send(sock, {"v": protocol.VERSION, "op": op, **values}, fds)
+        def say(op: str, **values: Any) -> dict[str, Any]:
+            protocol.send(sock, {"v": protocol.VERSION, "op": op, **values})
             message = protocol.receive(sock)
             assert message is not None
             return message.body
@@ -241,14 +157,15 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
             told = say(op, jail="second", lib=lib, argv=["/bin/sh"], signal="SIGKILL", force=True)
             assert told["error"]["code"] == "invalid", (op, told)
             assert "does not know" in told["error"]["why"]
-        ear, mouth = os.pipe()
-        null = os.open(os.devnull, os.O_RDWR)
-        ended = say("exec", [null, mouth, mouth], jail="second", args=["ls", "/root"], env={})
-        os.close(mouth)
-        assert ended == {"exit": {"code": 0}}
-        assert b"second" not in os.read(ear, 100)
-        for fd in (ear, null):
-            os.close(fd)
+        protocol.send(sock, {"v": protocol.VERSION, "op": "exec", "jail": "second", "args": ["ls", "/root"], "env": {}})
+        begun = protocol.receive(sock)
+        assert begun is not None
+        assert begun.body == {"pipes": 3}
+        ended = protocol.receive(sock)
+        assert ended is not None
+        assert ended.body == {"exit": {"code": 0}}
+        assert b"second" not in os.read(begun.fds[1], 100)
+        protocol.close_all(begun.fds)
         for op in ("exec", "archive", "console"):
             assert say(op, args=["true"], env={}, path="/root", out=True)["error"]["code"] == "denied", op
         protocol.send(sock, {"op": "x" * 1000})
@@ -260,7 +177,7 @@ def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, b
 
 def test_no_user_takes_the_engine_from_the_others(jm: Instance, tenant: str) -> None:
     """All the connections Bob may have, and more, each with half a request: root and Alice are served as before."""
-    held: list[_socket.socket] = [connected(jm, BOB) for _ in range(CONNECTIONS_EACH * 2)]
+    held: list[_socket.socket] = [connected(jm, BOB) for _ in range(doorkeeper.EACH[doorkeeper.HTTP] * 2)]
     try:
         for sock in held:
             with contextlib.suppress(OSError):
