@@ -44,6 +44,7 @@ BACKLOG = 2048
 SO_PEERGROUPS = 59
 """asm-generic/socket.h; the socket module has no name for it."""
 NOBODY = 0xFFFFFFFF
+SUBUID = "/etc/subuid"
 _COMM = "/proc/self/comm"
 
 
@@ -149,7 +150,12 @@ class Doorkeeper:
             uid, gids = peer(user)
         except OSError:
             uid, gids = NOBODY, []
-        inner = None if uid == NOBODY or self._crowded(kind, uid) else self._announce(kind, uid, gids)
+        first = first_of_range(uid)
+        if first is not None or uid == NOBODY or self._crowded(kind, uid):
+            # All of an account's subordinate uids count as one, and none of them is anybody whom a tenant names.
+            uid, inner = uid if first is None else first, None
+        else:
+            inner = self._announce(kind, uid, gids)
         if inner is None:
             self._make_room(uid)
             self._begin(user, None, Child(kind, uid, True), lambda: door_relay.refuse(user, kind == HTTP))
@@ -233,6 +239,24 @@ def peer(user: _socket.socket) -> tuple[int, list[int]]:
     except OSError:
         raw = b""
     return uid, [gid, *struct.unpack(f"{len(raw) // 4}I", raw)]
+
+
+def first_of_range(uid: int, path: str = SUBUID) -> int | None:
+    """Where the subordinate uids begin that it is one of (subuid(5)); None for an account's own.
+
+    Whoever has such a range may act as each of them, with the groups of his own (user_namespaces(7)).
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            ranges = [line.strip().split(":") for line in file]
+    except OSError:
+        return None
+    for fields in ranges:
+        if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
+            first = int(fields[1])
+            if first <= uid < first + int(fields[2]):
+                return first
+    return None
 
 
 def _keep_only(*socks: _socket.socket | None) -> None:

@@ -6,6 +6,7 @@ import _socket
 import contextlib
 import grp
 import os
+import pwd
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +40,12 @@ def test_a_user_manages_the_jails_of_the_tenant(jm: Instance, tenant: str) -> No
     alice("stop", "mine")
     assert alice("cp", "mine:/root/note", "-").out == "kept"
     alice("start", "mine")
+    copy = f"/tmp/of-{tenant}"
+    try:
+        alice("cp", "mine:/root/note", copy)
+        assert os.stat(copy).st_uid == pwd.getpwnam(ALICE).pw_uid
+    finally:
+        os.unlink(copy)
     assert "BusyBox" in alice("logs", "mine").out
     alice("set", "mine", "limits.memory=64MiB")
     assert alice("get", "mine", "limits.memory").out == "64MiB\n"
@@ -136,6 +143,18 @@ def test_who_is_taken_out_is_out_at_once(jm: Instance, tenant: str) -> None:
     jm("tenant", "unset", tenant, "users")
     assert not os.path.exists(jm.root.user_socket)
     assert "only root" in run_as(jm, ALICE, "list", status=1).err
+
+
+def test_a_request_that_is_held_back_is_judged_when_it_is_whole(jm: Instance, tenant: str) -> None:
+    body = b'{"config": {"user.late": "yes"}}'
+    head = f"PATCH /1.0/instances/web?project={tenant} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connected(jm, ALICE) as sock:
+        ask(sock, "GET", "/1.0")
+        sock.sendall(head.encode() + body[:5])
+        jm("tenant", "set", tenant, f"users={BOB}")
+        sock.sendall(body[5:])
+        assert sock.recv(65536).startswith(b"HTTP/1.1 404 ")
+    assert "user.late" not in jm.info(f"{tenant}/web")["config"]
 
 
 def test_a_session_is_of_one_jail_and_some_requests(jm: Instance, tenant: str, busybox_jail: MakeJail) -> None:
