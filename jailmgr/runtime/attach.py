@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _STARTING = "supervisor.starting"
 _SCOPE_STARTING = "scope.starting"
 _TRIES = 3
-ANSWER_SECONDS = 15.0
+ANSWER_SECONDS = 10.0
 """For what a supervisor answers at once. One that hangs must not keep the engine from serving other tenants."""
 _SPAWN = """
 import sys
