@@ -168,7 +168,10 @@ def connect_user(root: Root, tenant: str, jail: str) -> Supervisor:
         raise JailmgrError("jailmgr", "only root may do this", "Run it with sudo.", "denied") from None
     supervisor = Supervisor(root, tenant, sock)
     supervisor.admitted = True
-    protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
+    try:
+        protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
+    except OSError:
+        raise JailmgrError("session", "it was refused", "Close some others.", "unavailable") from None
     supervisor.hear()
     return supervisor
 
