@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -98,36 +98,25 @@ class Door:
         log.info("users who are not root are served at %s", self._root.user_socket)
 
     async def _hire(self) -> None:
-        """Have a doorkeeper that listens. JailmgrError where the sockets can't be made; all else is tried again."""
-        os.makedirs(self._root.users, mode=0o755, exist_ok=True)
-        listeners = [
-            self._listener("engine.sock", doorkeeper.HTTP),
-            self._listener(protocol.SESSIONS, doorkeeper.SESSION),
-        ]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _DOORKEEPER, attach.package(), self._root.users]
-            process = subprocess.Popen(
-                argv,
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
-                cwd="/",
-                start_new_session=True,
-            )
-        self._keeper = _Keeper(process, ours)
-        ours.setblocking(False)
+        """Have a doorkeeper that listens. JailmgrError where it can't begin; where it is lost later, it is replaced."""
+        with ExitStack() as held:
+            try:
+                os.makedirs(self._root.users, mode=0o755, exist_ok=True)
+                http = held.enter_context(self._listener("engine.sock", doorkeeper.HTTP))
+                sessions = held.enter_context(self._listener(protocol.SESSIONS, doorkeeper.SESSION))
+                self._keeper = keeper = _begin_keeper(self._root)
+            except OSError as error:
+                raise from_os("the doorkeeper", error) from error
+            with suppress(OSError):
+                socket.send_fds(keeper.control, [b"listen"], [http.fileno(), sessions.fileno()])
+            # Closed before anybody can connect: what comes to wait there is the doorkeeper's alone to let go of.
+        loop = asyncio.get_running_loop()
         try:
-            socket.send_fds(ours, [b"listen"], [listener.fileno() for listener in listeners])
-            # Before anybody can connect: what waits there is the doorkeeper's alone to close.
-            for listener in listeners:
-                listener.close()
-            loop = asyncio.get_running_loop()
-            await asyncio.wait_for(loop.sock_recv(ours, 16), LISTEN_SECONDS)
+            await asyncio.wait_for(loop.sock_recv(keeper.control, 16), LISTEN_SECONDS)
         except (OSError, TimeoutError) as error:
             log.error("the doorkeeper does not listen: %r", error)
-            ours.shutdown(socket.SHUT_RDWR)
-        loop.add_reader(ours.fileno(), self._arrive)
+            keeper.control.shutdown(socket.SHUT_RDWR)
+        loop.add_reader(keeper.control.fileno(), self._arrive)
 
     def _listener(self, name: str, kind: int) -> socket.socket:
         given = self._given.get(f"users/{name}")
@@ -247,6 +236,28 @@ class _Keeper:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _begin_keeper(root: Root) -> _Keeper:
+    """Its command line says whose it is, and is its relays' too. OSError."""
+    argv = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _DOORKEEPER, attach.package(), root.users]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            env={"PATH": os.defpath, "LC_ALL": "C.UTF-8"},
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return _Keeper(process, ours)
 
 
 class UserProtocol(Protocol):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _STARTING = "supervisor.starting"
 _SCOPE_STARTING = "scope.starting"
 _TRIES = 3
-ANSWER_SECONDS = 15.0
+ANSWER_SECONDS = 10.0
 """For what a supervisor answers at once. One that hangs must not keep the engine from serving other tenants."""
 _SPAWN = """
 import sys
@@ -168,7 +168,10 @@ def connect_user(root: Root, tenant: str, jail: str) -> Supervisor:
         raise JailmgrError("jailmgr", "only root may do this", "Run it with sudo.", "denied") from None
     supervisor = Supervisor(root, tenant, sock)
     supervisor.admitted = True
-    protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
+    try:
+        protocol.send(sock, {"v": protocol.VERSION, "tenant": tenant, "jail": jail})
+    except OSError:
+        raise JailmgrError("session", "it was refused", "Close some others.", "unavailable") from None
     supervisor.hear()
     return supervisor
 

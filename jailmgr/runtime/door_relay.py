@@ -21,8 +21,8 @@ else:
     import _signal
 
 STREAM_CHUNK = 64 * 1024
-STUCK_SECONDS = 10
-"""No call of ours takes longer, unless it is made to."""
+STUCK_SECONDS = 60
+"""No round of ours takes so long, unless it is made to, or the host is out of its depth."""
 REFUSE_SECONDS = 5
 """For a user's request to come, before he is told that it is one too many."""
 HEAD_MAX = 64 * 1024
