@@ -19,6 +19,7 @@ import gc
 import os
 import select
 import struct
+import sys
 
 from jailmgr.runtime import door_relay
 
@@ -72,10 +73,12 @@ def main() -> NoReturn:
         try:
             control.send(b"listens")
             doorkeeper.run()
-        except (BrokenPipeError, ConnectionResetError):
-            pass
+        except BaseException as error:  # noqa: BLE001 - the engine begins another, unless it is gone itself
+            if not isinstance(error, BrokenPipeError | ConnectionResetError):
+                sys.excepthook(*sys.exc_info())
+            # In here: its frames hold a user's connection, and to close that can take as long as he likes.
+            doorkeeper.end()
         doorkeeper.end()
-    # Not by the interpreter's way out: an exit lingers for nobody, a close(2) does.
     os._exit(0)
 
 
@@ -96,6 +99,8 @@ class Doorkeeper:
         self._control = control
         self._listeners = listeners
         self._children: dict[int, Child] = {}
+        self._gate: tuple[int, ...] = ()
+        """A pipe: the next child does nothing until it is shut."""
         self._woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         _signal.signal(_signal.SIGCHLD, lambda *_: None)
         _signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -125,11 +130,12 @@ class Doorkeeper:
                 for listener in self._listeners:
                     poll.modify(listener, select.POLLIN if opened else 0)
 
-    def end(self) -> None:
-        """Those who are only refused are not waited for."""
+    def end(self) -> NoReturn:
+        """At once, closing nothing: an exit lingers for nobody. Those who are only refused go along."""
         for pid, child in self._children.items():
             if child.refused:
                 os.kill(pid, _signal.SIGKILL)
+        os._exit(0)
 
     def _accept_some(self, kind: int, listener: _socket.socket) -> bool:
         """Take who waits; False where there is no descriptor or no memory for another."""
@@ -137,13 +143,19 @@ class Doorkeeper:
             if len(self._children) >= CHILDREN:
                 break
             try:
+                # Before it is accepted: nothing of his may have to be closed here for want of a descriptor.
+                self._gate = os.pipe()
                 fd, _ = listener._accept()  # type: ignore[attr-defined]
-            except (BlockingIOError, ConnectionAbortedError):
-                break
-            except OSError:
-                return False
+            except OSError as error:
+                self._shut_gate()
+                return isinstance(error, BlockingIOError | ConnectionAbortedError)
             self._let_in(kind, _socket.socket(fileno=fd))
         return True
+
+    def _shut_gate(self) -> None:
+        for fd in self._gate:
+            os.close(fd)
+        self._gate = ()
 
     def _let_in(self, kind: int, user: _socket.socket) -> None:
         try:
@@ -193,12 +205,12 @@ class Doorkeeper:
         self, user: _socket.socket, inner: _socket.socket | None, child: Child, work: Callable[[], object]
     ) -> None:
         """Have a child do that, and close the connection here, where that isn't the last to."""
-        ear, mouth = os.pipe()
         pid = self._fork()
         if pid == 0:
             try:
                 gc.disable()
                 _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+                ear, mouth = self._gate
                 os.close(mouth)
                 os.read(ear, 1)
                 _keep_only(user, inner)
@@ -207,8 +219,7 @@ class Doorkeeper:
                 os._exit(0)
         self._children[pid] = child
         user.close()
-        os.close(mouth)
-        os.close(ear)
+        self._shut_gate()
 
     def _fork(self) -> int:
         """As soon as there may be another process: until then the connection can't be closed either."""
