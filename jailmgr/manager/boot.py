@@ -112,8 +112,11 @@ def shut_down(root: Root) -> list[JailmgrError]:
         configs = _configs(root)
     except JailmgrError as error:
         failed.append(error)
-    if os.path.isdir(root.run):
-        write_json(f"{root.run}/{DOWN}", {"boot_id": host_boot_id()})
+    try:
+        if os.path.isdir(root.run):
+            write_json(f"{root.run}/{DOWN}", {"boot_id": host_boot_id()})
+    except OSError as error:
+        failed.append(from_os(f"{root.run}/{DOWN}", error))
     deadline = time.monotonic() + SHUTDOWN_SECONDS
     if tenants := _tenants(root):
         with ThreadPoolExecutor(len(tenants)) as threads:
