@@ -86,10 +86,11 @@ def _load(parser: str, path: str) -> None:
 
     Past the parser's cache, which knows files by their base name.
     """
-    what, hint = "AppArmor profile", f"See: apparmor_parser --replace {path}"
+    include = f"--Include={os.path.dirname(path)}"
+    what, hint = "AppArmor profile", f"See: apparmor_parser --replace {include} {path}"
     try:
         done = subprocess.run(
-            [parser, "--replace", "--skip-cache", "--skip-read-cache", f"--Include={os.path.dirname(path)}", path],
+            [parser, "--replace", "--skip-cache", "--skip-read-cache", include, path],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

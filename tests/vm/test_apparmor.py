@@ -132,8 +132,8 @@ def test_both_ends_of_cp(host: Instance, jail: MakeJail) -> None:
 def test_what_is_unloaded_is_missed(host: Instance, jail: MakeJail) -> None:
     """Removing a profile takes it from who runs under it, and that is not undone; nobody joins them unsaid."""
     name = jail()
-    parser = loading.find_parser()
-    run(parser, "--remove", loading.profile_file())
+    profile = loading.profile_file()
+    run(loading.find_parser(), "--remove", f"--Include={os.path.dirname(profile)}", profile)
     assert host.info(name)["apparmor"] == "unconfined"
     for command in (("exec", name, "--", "true"), ("cp", f"{name}:/etc/passwd", "-")):
         refused = host(*command, status=None)
