@@ -17,7 +17,6 @@ from jailmgr.manager.view import NetworkView
 from jailmgr.model import Jail, Network, Nic, Port
 from jailmgr.network import addresses, bridge, dns, firewall
 from jailmgr.network.nft import NftError
-from jailmgr.runtime import netlink
 from jailmgr.runtime.state import read_state
 
 DEFAULT = "default"
@@ -198,11 +197,8 @@ def apply_firewall(m: Manager, also: Jail | None = None) -> None:
 
 
 def take_down(m: Manager) -> None:
-    """Remove every link, bridge, rule, queue and DNS server of ours from the host. No jail runs."""
+    """Remove every bridge, rule, queue and DNS server of ours from the host. No jail runs."""
     with m.network_lock:
-        # A link goes with its jail's network namespace, which connections that wait for their end may hold.
-        for veth in bridge.list_veths(m.root):
-            netlink.detach(veth)
         shaping.take_down(m)
         for network in m.store.networks():
             dns.stop_dns(m.root, network.id)
