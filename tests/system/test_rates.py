@@ -166,8 +166,13 @@ def m(netns: Netns) -> Iterator[Manager]:
                 delete(made, jail.tenant, jail.name, force=True)
             made.close()
         assert _ifbs(made.root) == []
-        # A link goes with its jail's network namespace, which the kernel takes away when it comes to it.
-        until(lambda: not find_leftovers(made.root), 10, "nothing is left")
+        # Connections that a rate holds back keep a jail's network namespace, and the link with it, for a while after
+        # its supervisor has ended: what doctor --fix does about that.
+        for leftover in find_leftovers(made.root):
+            assert leftover.what.startswith("interface "), leftover
+            assert leftover.remove is not None
+            leftover.remove()
+        assert find_leftovers(made.root) == []
 
 
 def test_a_tenant_is_held_to_its_total(m: Manager, netns: Netns) -> None:
