@@ -39,7 +39,7 @@ class Supervisor:
 
     def __init__(self, run: str, listener: socket.socket, lock: int) -> None:
         self.lock = lock
-        """Held for life (flock(2)): who has it is the tenant's supervisor."""
+        """Held while there is something to supervise (flock(2)): who has it is the tenant's supervisor."""
         self.loop = Loop()
         self.strays = Strays(self.loop)
         self.host = Host(self.loop, run, cgroups.discover(), self._changed)
@@ -55,6 +55,9 @@ class Supervisor:
         self.loop.after(5.0, self._end_if_idle)
         self.loop.run()
         self.listener.close()
+        # Links whose namespace something else holds; the next supervisor need not wait for the 20 ms of each.
+        os.close(self.lock)
+        self.loop.finish()
 
     def find(self, name: str) -> Jail:
         """A jail that is alive; JailmgrError when it isn't."""
