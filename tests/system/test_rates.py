@@ -166,7 +166,7 @@ def m(netns: Netns) -> Iterator[Manager]:
                 delete(made, jail.tenant, jail.name, force=True)
             made.close()
         assert _ifbs(made.root) == []
-        # Connections that a rate holds back keep a jail's network namespace: its link is removed as its supervisor ends.
+        # Held-back connections keep a jail's network namespace: its link is removed as its supervisor ends.
         until(lambda: not find_leftovers(made.root), 10, "nothing is left")
 
 
