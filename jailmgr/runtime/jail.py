@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from time import time
@@ -49,6 +50,24 @@ class Host:
         self.changed = changed
         self.boot_id = host_boot_id()
         self._filters: dict[str, bytes] = {}
+        self._links: set[int] = set()
+
+    def detach_later(self, index: int) -> None:
+        """Remove a link that is to go by itself, if it hasn't by then."""
+        self._links.add(index)
+        self.loop.after(DETACH_SECONDS, partial(self._detach, index))
+
+    def detach_now(self) -> None:
+        """For a supervisor that ends: nobody would come to it later."""
+        for index in tuple(self._links):
+            try:
+                self._detach(index)
+            except JailmgrError:
+                sys.excepthook(*sys.exc_info())
+
+    def _detach(self, index: int) -> None:
+        self._links.discard(index)
+        netlink.detach_index(index)
 
     def filter(self, path: str) -> bytes:
         """The compiled seccomp filter of that file; its name has its hash, so it never changes."""
@@ -418,7 +437,7 @@ class Jail:
         if self._netns < 0:
             netlink.detach(veth)
         elif index := netlink.index_of(veth):
-            self.host.loop.after(DETACH_SECONDS, partial(netlink.detach_index, index))
+            self.host.detach_later(index)
 
     def watch_console(self, sock: socket.socket, typed: bool) -> None:
         """Show the console on `sock`; with `typed`, type what comes from it."""

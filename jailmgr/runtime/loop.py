@@ -74,19 +74,11 @@ class Loop:
                         sys.excepthook(*sys.exc_info())
             now = monotonic()
             while self._timers and self._timers[0].due <= now:
-                self._call(heapq.heappop(self._timers))
+                timer = heapq.heappop(self._timers)
+                if timer.callback is not None:
+                    try:
+                        timer.callback()
+                    except Exception:  # noqa: BLE001
+                        sys.excepthook(*sys.exc_info())
             if self.idle is not None:
                 self.idle()
-
-    def finish(self) -> None:
-        """After `run`: call at once what was still to come, and nothing that this asks for later."""
-        rest, self._timers = sorted(self._timers), []
-        for timer in rest:
-            self._call(timer)
-
-    def _call(self, timer: Timer) -> None:
-        if timer.callback is not None:
-            try:
-                timer.callback()
-            except Exception:  # noqa: BLE001 - as above
-                sys.excepthook(*sys.exc_info())

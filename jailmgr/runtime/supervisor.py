@@ -57,7 +57,7 @@ class Supervisor:
         self.listener.close()
         # Links whose namespace something else holds; the next supervisor need not wait for the 20 ms of each.
         os.close(self.lock)
-        self.loop.finish()
+        self.host.detach_now()
 
     def find(self, name: str) -> Jail:
         """A jail that is alive; JailmgrError when it isn't."""
