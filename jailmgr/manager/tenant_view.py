@@ -52,22 +52,19 @@ def billed(m: Manager, tenants: list[str] | None, since: float, until: float) ->
 
 def _tenant_billed(m: Manager, record: UsageRecord, tenant: Tenant | None, since: float, until: float) -> TenantBilled:
     seconds = max(1.0, until - max(since, tenant.created_at if tenant else since))
-    watching = supervisor_process(m.root, tenant.name) if tenant else None
+    gone = {"limits": Amounts(), "allocated": Amounts(), "users": [], "supervisor_pid": None}
     return TenantBilled(
         **_bill(record),
         tenant=record.tenant,
         since=rfc3339(since),
         until=rfc3339(until),
-        limits=totals_of(tenant.config) if tenant else Amounts(),
-        allocated=allocated(m, tenant.name) if tenant else Amounts(),
+        **(_standing(m, tenant) if tenant else gone),
         used=Used(
             cpu=round(record.cpu_ns / 1e9 / seconds, 2),
             memory_bytes=round(record.memory_byte_seconds / seconds),
             disk_bytes=round(record.disk_byte_seconds / seconds),
             cpu_ns=record.cpu_ns,
         ),
-        users=parse_list(tenant.config.get("users", "")) if tenant else [],
-        supervisor_pid=watching.pid if watching else None,
         jails=[JailBilled(**_bill(jail), jail=jail.jail) for jail in record.jails],
     )
 
@@ -83,20 +80,27 @@ def _bill(used: UsedInSpan) -> dict[str, Any]:
     }
 
 
-def _view(m: Manager, tenant: Tenant) -> TenantView:
-    promised = allocated(m, tenant.name)
+def _standing(m: Manager, tenant: Tenant) -> dict[str, Any]:
+    """What every view of a tenant has: totals, promises, users, supervisor."""
     watching = supervisor_process(m.root, tenant.name)
+    return {
+        "limits": totals_of(tenant.config),
+        "allocated": allocated(m, tenant.name),
+        "users": parse_list(tenant.config.get("users", "")),
+        "supervisor_pid": watching.pid if watching else None,
+    }
+
+
+def _view(m: Manager, tenant: Tenant) -> TenantView:
+    standing = _standing(m, tenant)
     return TenantView(
         tenant=tenant.name,
         name=tenant.name,
         description=tenant.config.get("user.description", ""),
         created_at=rfc3339(tenant.created_at),
-        limits=totals_of(tenant.config),
-        allocated=promised,
-        used=_used(m, tenant, promised),
-        users=parse_list(tenant.config.get("users", "")),
+        **standing,
+        used=_used(m, tenant, standing["allocated"]),
         groups=parse_list(tenant.config.get("groups", "")),
-        supervisor_pid=watching.pid if watching else None,
         config=tenant.config,
     )
 

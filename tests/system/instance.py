@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -228,12 +228,12 @@ class Terminal(NamedTuple):
 
 
 @contextmanager
-def terminal(instance: Instance, *argv: str) -> Iterator[Terminal]:
-    """Run `jailmgr ARGV` with a new pty as its controlling terminal (setsid(1) -c)."""
+def terminal(instance: Instance, *argv: str, command: Sequence[str] = ()) -> Iterator[Terminal]:
+    """Run `jailmgr ARGV` with a new pty as its controlling terminal (setsid(1) -c); `command` in place of `jailmgr`."""
     master, slave = pty.openpty()
     try:
         process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", COMMAND, *argv],
+            ["setsid", "--ctty", "--wait", *(command or (COMMAND,)), *argv],
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import pty
 import resource
 import signal
 import socket
@@ -20,7 +19,7 @@ import pytest
 from jailmgr.runtime import protocol
 from jailmgr.runtime.notify import SO_PASSRIGHTS
 from jailmgr.runtime.syscalls import libc
-from tests.system.instance import Instance, Terminal, alive, kill, until
+from tests.system.instance import Instance, alive, kill, terminal, until
 from tests.system.leftovers import processes
 from tests.system.users import ALICE, BOB, alices_tenant, as_user, become, connected, run_as, session
 
@@ -213,34 +212,19 @@ def executing(jm: Instance, tenant: str, *argv: str) -> Iterator[subprocess.Pope
                 process.kill()
 
 
-@contextlib.contextmanager
-def alices_terminal(jm: Instance, *argv: str) -> Iterator[Terminal]:
-    master, slave = pty.openpty()
-    command = ["setsid", "--ctty", "--wait", *become(ALICE), *argv]
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=jm.environment())
-    os.close(slave)
-    try:
-        yield Terminal(process, master, bytearray())
-    finally:
-        os.close(master)
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
 def test_a_terminal_and_the_console(jm: Instance, tenant: str) -> None:
-    with alices_terminal(jm, "exec", f"{tenant}/web", "--", "sh") as terminal:
-        terminal.prompt()
-        terminal.write(b"tty; exit 4\n")
-        terminal.expect(b"/dev/pts/")
-        assert terminal.wait() == 4
-    with alices_terminal(jm, "console", f"{tenant}/web") as terminal:
-        terminal.expect(b"leaves it")
-        terminal.prompt()
-        terminal.write(b"echo se''en\n")
-        terminal.expect(b"seen")
-        terminal.write(b"\x1d\x1d\x1d")
-        assert terminal.wait() == 0
+    with terminal(jm, "exec", f"{tenant}/web", "--", "sh", command=become(ALICE)) as term:
+        term.prompt()
+        term.write(b"tty; exit 4\n")
+        term.expect(b"/dev/pts/")
+        assert term.wait() == 4
+    with terminal(jm, "console", f"{tenant}/web", command=become(ALICE)) as term:
+        term.expect(b"leaves it")
+        term.prompt()
+        term.write(b"echo se''en\n")
+        term.expect(b"seen")
+        term.write(b"\x1d\x1d\x1d")
+        assert term.wait() == 0
 
 
 def test_what_is_open_outlives_the_engine(jm: Instance, tenant: str) -> None:
