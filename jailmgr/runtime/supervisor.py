@@ -91,6 +91,7 @@ class Supervisor:
         if reexec.steady(self):
             self.loop.idle = None
             note(f"goes over to {self._successor[-2]}")
+            self.host.detach_now()
             try:
                 reexec.replace(self, self._successor)
             except OSError as error:
