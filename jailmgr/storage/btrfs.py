@@ -33,9 +33,11 @@ _QUOTA_CTL_ENABLE_SIMPLE_QUOTA = 4
 _QGROUP_LIMIT_MAX_RFER = 1 << 0
 
 _ROOT_TREE, _QUOTA_TREE = 1, 8
-_ROOT_REF_KEY, _QGROUP_INFO_KEY, _QGROUP_RELATION_KEY = 156, 242, 246
+_INODE_ITEM_KEY, _ROOT_REF_KEY, _QGROUP_INFO_KEY, _QGROUP_RELATION_KEY = 1, 156, 242, 246
 _REFERENCED = struct.Struct("<8xQ")
 """Of struct btrfs_qgroup_info_item: what the group refers to, behind a generation."""
+_GENERATION = struct.Struct("<I")
+"""Of struct btrfs_inode_item: the low half of its first field, which is what a handle has room for."""
 _FILEID_BTRFS_WITHOUT_PARENT = 0x4D
 
 
@@ -238,14 +240,25 @@ def subvolume_id(fd: int) -> int:
 
 
 def open_subvolume(fd: int, subvolume: int) -> int:
-    """An fd of a subvolume's root directory by its id: no path is walked, whoever made what lies on it."""
+    """An fd of a subvolume's root directory by its id: no path is walked, whoever made what lies on it.
+
+    Raises OSError: FileNotFoundError where there is none.
+    """
     content = ctypes.sizeof(_FileHandle) - 8
-    handle = _FileHandle(content, _FILEID_BTRFS_WITHOUT_PARENT, ROOT_INODE, subvolume, 0)
+    handle = _FileHandle(content, _FILEID_BTRFS_WITHOUT_PARENT, ROOT_INODE, subvolume, _generation(fd, subvolume))
     opened = _libc.open_by_handle_at(fd, ctypes.byref(handle), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if opened < 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), f"subvolume {subvolume}")
     return int(opened)
+
+
+def _generation(fd: int, subvolume: int) -> int:
+    """Of a subvolume's root directory, as its handle has it: before Linux 6.2 the kernel takes 0 for no other's."""
+    found = _items(fd, subvolume, ROOT_INODE, _INODE_ITEM_KEY)
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"subvolume {subvolume}")
+    return int(_GENERATION.unpack_from(found[0][1])[0])
 
 
 def nested_subvolumes(fd: int, subvolume: int) -> list[int]:
