@@ -41,7 +41,8 @@ def covered(host: Instance, name: str) -> list[str]:
 
 
 def lxcfs_pid(host: Instance) -> int:
-    return int(Path(host.root.run, "lxcfs", "pid").read_text())
+    """0: it is about to write it."""
+    return int(Path(host.root.run, "lxcfs", "pid").read_text() or 0)
 
 
 def kill_lxcfs(host: Instance) -> int:
@@ -55,7 +56,7 @@ def kill_lxcfs(host: Instance) -> int:
 def wait_renewed(host: Instance, old: int) -> None:
     """Until another lxcfs runs and each jail has been given its files."""
     until(
-        lambda: lxcfs_pid(host) != old and not Path(host.root.run, "lxcfs", "stale").exists(),
+        lambda: lxcfs_pid(host) not in (0, old) and not Path(host.root.run, "lxcfs", "stale").exists(),
         20,
         "another lxcfs runs, and all jails have its files",
     )

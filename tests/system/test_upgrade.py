@@ -29,6 +29,7 @@ def release(tmp_path: Path) -> Path:
     package = Path(jailmgr.__file__).parent
     shutil.copytree(package, tmp_path / "jailmgr", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(package.parent / "templates", tmp_path / "templates")
+    shutil.copytree(package.parent / "packaging" / "apparmor", tmp_path / "packaging" / "apparmor")
     (tmp_path / "jailmgr" / "__init__.py").write_text(f'__version__ = "{RELEASE}"\n')
     return tmp_path
 
