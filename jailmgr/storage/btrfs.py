@@ -266,25 +266,31 @@ def nested_subvolumes(fd: int, subvolume: int) -> list[int]:
     return _search(fd, _ROOT_TREE, subvolume, _ROOT_REF_KEY)
 
 
+def subvolumes_from(fd: int, subvolume: int) -> list[int]:
+    """Ids of a subvolume and of all that are nested in it, however deep: none before the one it lies in."""
+    found = [subvolume]
+    for parent in found:
+        found += nested_subvolumes(fd, parent)
+    return found
+
+
 def destroy_subvolume(fd: int, subvolume: int) -> None:
     """Delete a subvolume and all that are nested in it, deepest first; one that is gone is fine.
 
     It is out of sight at once; its space comes back as the kernel's cleaner gets to it.
     """
-    order = [subvolume]
-    for parent in order:
-        nested = nested_subvolumes(fd, parent)
-        if nested:
-            try:
-                inside = open_subvolume(fd, parent)
-            except FileNotFoundError:
-                continue
-            try:
-                set_read_only(inside, False)
-            finally:
-                os.close(inside)
-            order += nested
-    for each in reversed(order):
+    found = subvolumes_from(fd, subvolume)
+    for each in found if len(found) > 1 else ():
+        # Nothing can be deleted from one that is read-only.
+        try:
+            inside = open_subvolume(fd, each)
+        except FileNotFoundError:
+            continue
+        try:
+            set_read_only(inside, False)
+        finally:
+            os.close(inside)
+    for each in reversed(found):
         args = _VolArgsV2(flags=_SUBVOL_SPEC_BY_ID)
         args.subvolid = each
         _ioctl(fd, SNAP_DESTROY_V2, args, f"SNAP_DESTROY_V2 {each}", fine=errno.ENOENT)

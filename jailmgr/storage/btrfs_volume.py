@@ -131,11 +131,13 @@ def settle_image(pool: Pool, image: str) -> None:
 
 
 def delete_tree(pool: Pool, path: str) -> None:
-    """As VolumeKind: the subvolume at `path`, with those nested in it, and its own group."""
+    """As VolumeKind: the subvolume at `path` and those nested in it, with their own groups."""
     subvolume = _subvolume(path)
     if subvolume is not None:
-        _mark(pool, btrfs.group(0, subvolume))
         with btrfs.directory(pool.path) as top:
+            # Older kernels (6.1) leave a classic group behind where its subvolume goes.
+            for each in btrfs.subvolumes_from(top, subvolume):
+                _mark(pool, btrfs.group(0, each))
             btrfs.destroy_subvolume(top, subvolume)
     reap(pool)
 
