@@ -213,10 +213,9 @@ def test_each_of_two_tenants_gets_half(jm: Instance, make_tenant: MakeTenant) ->
     for jail in launch(jm, few, 1):
         jm.sh(jail, FOR_EVER * 4)
     before = [_cpu_ns(jm, tenant) for tenant in (many, few)]
-    time.sleep(4)  # what is measured is a rate
+    time.sleep(12)  # what is measured is a rate, with other tests on the same CPUs
     used = [_cpu_ns(jm, tenant) - was for tenant, was in zip((many, few), before, strict=True)]
-    # It would be three to one by processes. How near to equal is for the bench: here other tests want the CPUs, too.
-    assert 0.5 < used[0] / used[1] < 2
+    assert 0.75 < used[0] / used[1] < 1.33
 
 
 def test_cpu_of_all_of_its_jails(jm: Instance, make_tenant: MakeTenant) -> None:
