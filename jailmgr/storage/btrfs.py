@@ -254,7 +254,7 @@ def open_subvolume(fd: int, subvolume: int) -> int:
 
 
 def _generation(fd: int, subvolume: int) -> int:
-    """Of a subvolume's root directory, as its handle has it: before Linux 6.2 the kernel takes 0 for no other's."""
+    """Of a subvolume's root directory, as its handle has it: Linux 6.1 knows it by no other."""
     found = _items(fd, subvolume, ROOT_INODE, _INODE_ITEM_KEY)
     if not found:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"subvolume {subvolume}")

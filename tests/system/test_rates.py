@@ -109,7 +109,7 @@ def test_queues_that_are_gone_come_back(jm: Instance, netns: Netns, busybox_jail
 def test_a_priority_set_inside_chooses_no_class(jm: Instance, netns: Netns, busybox_jail: MakeJail) -> None:
     slow, fast = busybox_jail("-c", f"limits.egress={RATE}"), busybox_jail("-c", "limits.egress=1Gbit")
     (ifb,) = _ifbs(jm.root)
-    # Before Linux 6.2 the flows of a leaf queue are listed as well.
+    # Linux 6.1 lists the flows of a leaf queue as well.
     listed = [line.split()[2] for line in run("tc", "class", "show", "dev", ifb).splitlines()]
     classes = [handle for handle in listed if handle.startswith("1:")]
     assert len(classes) == 4
