@@ -70,6 +70,8 @@ class Manager:
         """Over the start of lxcfs."""
         self.lxcfs_ends: list[float] = []
         """When it died lately, of time.monotonic()."""
+        self.lxcfs_tries = 0
+        """How often its files have been given anew, since it began, without all jails having them."""
         self.boot_lock = threading.Lock()
         """Over the start of what starts with the host."""
         self.buildings: dict[str, Building] = {}

@@ -4,8 +4,8 @@ Not the distribution's service: ours has a directory of its own, and is started 
 one that jailmgr makes in the host's mount namespace. It outlives the engine, which finds it again by its pid file and
 command line. Where it dies, the watcher has it replaced, and the files are put into the jails that run again.
 
-A file `stale` lies beside it from before it begins until every jail has its files: who is killed in between leaves that
-to the next engine.
+A file `stale` lies beside it from before it begins until every jail has its files: what fails is tried again after a
+while, and who is killed in between leaves that to the next engine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.manager.host import Manager
 from jailmgr.runtime import attach, scope
-from jailmgr.runtime.state import supervisor_process
+from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.runtime.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
+
+if TYPE_CHECKING:
+    from jailmgr.manager.host import Manager
+    from jailmgr.manager.watch import Watcher
 
 SBIN = "/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin:/bin"
 DEVICE = "/dev/fuse"
@@ -35,6 +39,10 @@ RENEW_S = 60.0
 """For a supervisor to put the files into all of its jails."""
 ENDS_MAX, ENDS_S = 5, 10.0
 """So many ends in so many seconds, and it is started again with the next jail only."""
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Before each further try: a supervisor may be ending, hang or not be replaced yet. A guest may be in the way for ever,
+and of its supervisor's time each try takes some.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -52,29 +60,48 @@ def is_there(root: Root) -> bool:
 def up(m: Manager) -> None:
     """Have it run, where the host has one, before a jail starts. What fails is logged: jails do without."""
     with m.lxcfs_lock:
-        if m.watcher is None or m.watcher.watches_lxcfs:
-            return
-        try:
-            _up(m)
-        except (JailmgrError, OSError) as error:
-            log.error("lxcfs: %s: jails see the host's memory and CPUs", error)
+        if m.watcher is not None and not m.watcher.watches_lxcfs:
+            m.lxcfs_tries = 0
+            _attempt(m, m.watcher)
 
 
-def _up(m: Manager) -> None:
-    root, place = m.root, _place(m.root)
+def again(m: Manager) -> None:
+    """Where jails still lack its files: have it run, and give them."""
+    with m.lxcfs_lock:
+        if m.watcher is not None and _stale(m.root).exists():
+            _attempt(m, m.watcher)
+
+
+def _attempt(m: Manager, watcher: Watcher) -> None:
+    try:
+        if watcher.watches_lxcfs or _run(m.root, watcher):
+            _give(m.root)
+    except (JailmgrError, OSError) as error:
+        log.error("lxcfs: %s: jails see the host's memory and CPUs", error)
+    if _stale(m.root).exists() and m.lxcfs_tries < len(PAUSES_S):
+        watcher.lxcfs_again(PAUSES_S[m.lxcfs_tries])
+        m.lxcfs_tries += 1
+
+
+def _run(root: Root, watcher: Watcher) -> bool:
+    """Have one run, and be watched; False where the host has none. Raises JailmgrError, OSError."""
     pidfd = _find_whole(root)
     if pidfd is None:
         found = program()
         if found is None or not os.path.exists(DEVICE):
-            return
+            return False
         _unmount(root)
         os.makedirs(root.lxcfs, mode=0o700, exist_ok=True)
-        (place / "stale").touch()
+        _stale(root).touch()
         pidfd = _start(root, found)
-    assert m.watcher is not None
-    m.watcher.watch_lxcfs(pidfd)
-    if (place / "stale").exists() and _renew(root):
-        (place / "stale").unlink()
+    watcher.watch_lxcfs(pidfd)
+    return True
+
+
+def _give(root: Root) -> None:
+    """Its files to the jails that run, where some lack them."""
+    if _stale(root).exists() and _renew(root):
+        _stale(root).unlink()
 
 
 def settle(m: Manager, needed: bool) -> None:
@@ -110,8 +137,8 @@ def stop(root: Root) -> None:
             _end(pidfd)
         _unmount(root)
         place = _place(root)
-        for name in ("pid", "stale"):
-            (place / name).unlink(missing_ok=True)
+        for file in (place / "pid", _stale(root)):
+            file.unlink(missing_ok=True)
         # Never a tree: one that was just mounted by who was killed meanwhile would be walked into.
         for directory in (Path(root.lxcfs), place):
             with contextlib.suppress(FileNotFoundError):
@@ -124,10 +151,14 @@ def _place(root: Root) -> Path:
     return Path(root.lxcfs).parent
 
 
+def _stale(root: Root) -> Path:
+    return _place(root) / "stale"
+
+
 def _find_whole(root: Root) -> int | None:
     """`_find`; one whose engine was killed before it was mounted is ended."""
     pidfd = _find(root)
-    if pidfd is not None and (_place(root) / "stale").exists() and not _is_mounted(root):
+    if pidfd is not None and _stale(root).exists() and not _is_mounted(root):
         _end(pidfd)
         return None
     return pidfd
@@ -247,21 +278,26 @@ def _ready(pidfd: int, seconds: float) -> bool:
 
 
 def _renew(root: Root) -> bool:
-    """Ask every supervisor to put the files into its jails; whether it was done in all of them."""
-    done = True
+    """Have every supervisor put the files into its jails; whether it was done in all of them."""
     tenants = f"{root.run}/tenants"
+    done = True
     for tenant in os.listdir(tenants) if os.path.isdir(tenants) else ():
-        # Any that is alive: of a jail that is only just starting there is no state file yet.
-        if supervisor_process(root, tenant) is None:
-            continue
-        try:
-            with attach.connect(root, tenant, start=False) as supervisor:
-                failed = supervisor.ask("renew_lxcfs", within=RENEW_S, mounted=root.lxcfs).body["failed"]
-        except (JailmgrError, OSError) as error:
-            log.error("lxcfs: tenant %s: %s", tenant, error)
-            done = False
-        else:
-            if failed:
-                log.error("lxcfs: its files could not be put into %s of tenant %s", ", ".join(failed), tenant)
-                done = False
+        done = _renew_in(root, tenant) and done
     return done
+
+
+def _renew_in(root: Root, tenant: str) -> bool:
+    runs = bool(running_jails(root, tenant))
+    # One that is alive is asked in any case: of a jail that is only just starting there is no state file yet.
+    if not runs and supervisor_process(root, tenant) is None:
+        return True
+    try:
+        # One that was killed has been replaced then, and its jails adopted.
+        with attach.connect(root, tenant, start=runs) as supervisor:
+            failed = supervisor.ask("renew_lxcfs", within=RENEW_S, mounted=root.lxcfs).body["failed"]
+    except (JailmgrError, OSError) as error:
+        log.warning("lxcfs: tenant %s: %s", tenant, error)
+        return False
+    if failed:
+        log.error("lxcfs: its files could not be put into %s of tenant %s", ", ".join(failed), tenant)
+    return not failed

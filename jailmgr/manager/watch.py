@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from jailmgr.errors import JailmgrError
+from jailmgr.manager import lxcfs
 from jailmgr.runtime import attach
 from jailmgr.runtime.proc import open_process
 from jailmgr.runtime.state import load_state, read_state, running_jails, supervisor_process, waiting_jails
@@ -51,6 +52,7 @@ class Watcher:
         self._tenants: dict[int, str] = {}
         self._supervisors: dict[int, str] = {}
         self._lxcfs = -1
+        self._lxcfs_at: float | None = None
         self._held: dict[str, tuple[attach.Supervisor, float]] = {}
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -112,14 +114,24 @@ class Watcher:
             link.close()
 
     def _expire(self) -> int | None:
-        """Let go of what has been held long enough: milliseconds to the next, None where none is held."""
+        """Do what it is time for, and let go of what has been held long enough: milliseconds to the next, None where
+        there is none.
+        """
         now = time.monotonic()
         with self._changed:
             over = [tenant for tenant, (_, until) in self._held.items() if until <= now]
-            left = [until - now for _, until in self._held.values() if until > now]
+            is_time = self._lxcfs_at is not None and self._lxcfs_at <= now
+            if is_time:
+                self._lxcfs_at = None
         for tenant in over:
             self.release(tenant)
-        return int(min(left) * 1000) + 1 if left else None
+        if is_time:
+            lxcfs.again(self._m)
+        with self._changed:
+            times = [until for _, until in self._held.values()]
+            if self._lxcfs_at is not None:
+                times.append(self._lxcfs_at)
+        return max(0, int((min(times) - time.monotonic()) * 1000) + 1) if times else None
 
     def watch(self, tenant: str) -> None:
         """Watch over a tenant's jails and its supervisor from now on; again and again is fine."""
@@ -156,6 +168,13 @@ class Watcher:
                 return
             self._lxcfs = pidfd
             os.eventfd_write(self._wake, 1)
+
+    def lxcfs_again(self, seconds: float) -> None:
+        """Give lxcfs' files once more, so long from now."""
+        with self._changed:
+            if self._inotify >= 0:
+                self._lxcfs_at = time.monotonic() + seconds
+                os.eventfd_write(self._wake, 1)
 
     def _of_lxcfs(self) -> list[int]:
         return [self._lxcfs] if self._lxcfs >= 0 else []
@@ -224,8 +243,6 @@ class Watcher:
             log.error("jail %s/%s came or went: %s", tenant, name, error)
 
     def _lxcfs_ended(self) -> None:
-        from jailmgr.manager import lxcfs
-
         with self._changed:
             os.close(self._lxcfs)
             self._lxcfs = -1
@@ -245,5 +262,6 @@ class Watcher:
                 log.warning("the supervisor of tenant %s ended while its jails run: a new one adopts them", tenant)
                 attach.connect(root, tenant).close()
                 self.watch(tenant)
+                lxcfs.again(self._m)
         except (JailmgrError, OSError) as error:
             log.error("tenant %s has no supervisor: %s", tenant, error)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jailmgr.runtime import cgroups
+from jailmgr.runtime.attach import ANSWER_SECONDS
 from jailmgr.runtime.lxcfs import FILES
 from jailmgr.runtime.state import supervisor_process
 from tests.system.conftest import BUILD_WITHIN, MakeJail
@@ -146,6 +147,40 @@ def test_killed_lxcfs_is_replaced_and_jails_go_on(jm: Instance, other_tenant: st
     assert covered(jm, full) == sorted(FILES)
     assert [jm.info(jail)["init_pid"] for jail in (name, other, paused, full)] == inits
     jm("doctor", status=None)
+
+
+def test_killed_along_with_the_supervisor(jm: Instance, busybox_jail: MakeJail) -> None:
+    """The engine sees both ends at once, and takes the supervisor's for the later one, or the earlier."""
+    name, supervisor = busybox_jail("--memory", "64MiB"), supervisor_process(jm.root, "default")
+    assert supervisor is not None
+    engine, old = jm.engine_pid(), lxcfs_pid(jm)
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        kill(supervisor.pid)
+        kill_lxcfs(jm)
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    wait_renewed(jm, old)
+    check_view(jm, name, 64)
+
+
+def test_a_supervisor_that_hangs_gets_the_files_later(jm: Instance, other_tenant: str, busybox_jail: MakeJail) -> None:
+    name, hanging = busybox_jail("--memory", "64MiB"), f"{other_tenant}/one"
+    jm("--tenant", other_tenant, "launch", "busybox", "one", "--memory", "96MiB")
+    supervisor = supervisor_process(jm.root, other_tenant)
+    assert supervisor is not None
+    os.kill(supervisor.pid, signal.SIGSTOP)
+    try:
+        kill_lxcfs(jm)
+        log = Path(jm.root.run, "engine.log")
+        told = f"lxcfs: tenant {other_tenant}: supervisor of {other_tenant}: does not answer"
+        until(lambda: told in log.read_text(), ANSWER_SECONDS + 10, "it has been given up")
+        until(lambda: covered(jm, name) == sorted(FILES), 10, "the other tenant's jail has its files")
+        check_view(jm, name, 64)
+    finally:
+        os.kill(supervisor.pid, signal.SIGCONT)
+    until(lambda: not Path(jm.root.run, "lxcfs", "stale").exists(), 20, "all jails have the files")
+    check_view(jm, hanging, 96)
 
 
 def test_with_no_engine_the_next_one_replaces_it(jm: Instance, busybox_jail: MakeJail) -> None:
