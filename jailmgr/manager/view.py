@@ -72,10 +72,8 @@ def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:
         if jail.tenant not in running:
             running[jail.tenant] = set(running_jails(m.root, jail.tenant))
         state = read_state(m.root, jail.tenant, jail.name) if jail.name in running[jail.tenant] else None
-        if state is None:
-            views.append(_stopped_view(m, row, stopped.get(jail.id)))
-        else:
-            views.append(JailView(**_fields(m, jail, state, row.state, _disk(m, jail))))
+        view = _stopped_view(m, row, stopped.get(jail.id))
+        views.append(view if state is None else msgspec.structs.replace(view, **_live(m, jail, state)))
     return views
 
 
@@ -83,7 +81,7 @@ def _stopped_view(m: Manager, row: Row, disk: int | None) -> JailView:
     known = m.stopped_views.get(row.jail.id)
     if known is not None and known[0] is row and known[1] == disk:
         return known[2]
-    view = JailView(**_fields(m, row.jail, None, row.state, disk))
+    view = JailView(**_fields(row.jail, row.state), usage=Usage(disk_bytes=disk))
     m.stopped_views[row.jail.id] = (row, disk, view)
     return view
 
@@ -93,7 +91,8 @@ def info(m: Manager, tenant: str, name: str) -> JailInfo:
     row = m.store.find_row(tenant, name)
     jail = row.jail if row is not None and row.state in (DELETING, RENAMING) else m.store.jail(tenant, name)
     state = read_state(m.root, tenant, name)
-    fields = _fields(m, jail, state, row.state if row else READY, _disk(m, jail))
+    fields = _fields(jail, row.state if row else READY)
+    fields |= _live(m, jail, state) if state is not None else {"usage": Usage(disk_bytes=_disk(m, jail))}
     lib = m.root.jail_lib(tenant, name)
     fields |= {
         "rootfs": m.root.volume(tenant, name),
@@ -144,32 +143,37 @@ def image_info(image: Image, jails: int) -> ImageInfo:
     return ImageInfo(**view, packages=image.packages, recipe=image.recipe, files=files, key=image.key)
 
 
-def _fields(m: Manager, jail: Jail, state: State | None, row_state: str, disk: int | None) -> dict[str, Any]:
+def _fields(jail: Jail, row_state: str) -> dict[str, Any]:
+    """What a JailView says of a jail that doesn't run, but for its `usage`."""
     nic = jail.nics[0] if jail.nics else None
-    status, usage = "Stopped" if row_state == READY else "Error", Usage(disk_bytes=disk)
-    if state is not None:
-        cgroup = cgroup_of(m.root, jail.tenant, jail.name)
-        status = "Frozen" if cgroups.is_frozen(m.hierarchies, cgroup) else "Running"
-        usage = Usage(*cgroups.usage(m.hierarchies, cgroup), usage.disk_bytes)
     config = jail.config
     if "size" in (root := jail.devices.get("root", {})):
         config = config | {"limits.disk": root["size"]}
     return {
         "name": jail.name,
         "tenant": jail.tenant,
-        "status": status,
-        "init_pid": state.pid if state is not None else None,
+        "status": "Stopped" if row_state == READY else "Error",
+        "init_pid": None,
         "ipv4": nic.ipv4 if nic else "",
         "ipv6": nic.ipv6 if nic else "",
         "image": jail.image,
         "created_at": rfc3339(jail.created_at),
         "limits": limits_view(jail),
-        "usage": usage,
         "config": config,
         "devices": jail.devices,
         "project": jail.tenant,
         "source": jail.source,
         "ports": ports_of(jail),
+    }
+
+
+def _live(m: Manager, jail: Jail, state: State) -> dict[str, Any]:
+    """What differs from that while it runs."""
+    cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+    return {
+        "status": "Frozen" if cgroups.is_frozen(m.hierarchies, cgroup) else "Running",
+        "init_pid": state.pid,
+        "usage": Usage(*cgroups.usage(m.hierarchies, cgroup), _disk(m, jail)),
     }
 
 

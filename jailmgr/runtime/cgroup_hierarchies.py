@@ -11,6 +11,7 @@ import os
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.plainfile import read_bytes
 
 LIMITING = ("cpu", "memory", "pids")
 """Controllers that hold a limit of ours: switched on in v2 wherever they are not."""
@@ -104,7 +105,7 @@ def relative(cgroup: str) -> str:
     with the kernel's files, which carry a dot or an underscore. Raises JailmgrError for what is no group of ours.
     """
     parts = cgroup.split("/")
-    if not 1 <= len(parts) <= 3 or any(not part or part.startswith(".") or "\0" in part for part in parts):
+    if not 1 <= len(parts) <= 3 or "" in parts or cgroup[0] == "." or "/." in cgroup or "\0" in cgroup:
         raise JailmgrError(f"cgroup {cgroup!r}", "not the name of a group of jailmgr", code="invalid")
     if SYSTEMD:
         cgroup = "/".join([SLICE, f"{parts[0]}.scope", *parts[1:]])
@@ -123,12 +124,7 @@ def directory(h: Hierarchies, controller: str, cgroup: str) -> str | None:
 
 def read(path: str) -> str:
     """The file's text, without white space at its ends. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        text = os.read(fd, 65536)
-    finally:
-        os.close(fd)
-    return text.decode("utf-8", "replace").strip()
+    return read_bytes(path).decode("utf-8", "replace").strip()
 
 
 def read_or(path: str, default: str) -> str:

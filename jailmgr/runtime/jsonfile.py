@@ -6,6 +6,8 @@ import json
 import os
 from typing import Any
 
+from jailmgr.runtime.plainfile import read_bytes
+
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Replace a JSON file atomically, mode 0600 (rename(2)): what is there is either the old or the new."""
@@ -19,8 +21,7 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 def read_json(path: str) -> dict[str, Any] | None:
     """A JSON object from a file of ours; None when there is none or a crash left half of one."""
     try:
-        with open(path, "rb") as file:
-            content = json.loads(file.read())
+        content = json.loads(read_bytes(path))
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None

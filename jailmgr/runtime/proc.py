@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from jailmgr.runtime.plainfile import read_bytes
+
 
 class Process(NamedTuple):
     """Pid, and start time in clock ticks since boot (proc_pid_stat(5))."""
@@ -16,8 +18,7 @@ class Process(NamedTuple):
 def start_time(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat; None when there is no such process, or only its zombie."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+from jailmgr.runtime.plainfile import read_bytes
+
 U64_MAX = (1 << 64) - 1
 ROOT_INODE = 256
 """Inode number of every subvolume's root directory (BTRFS_FIRST_FREE_OBJECTID)."""
@@ -426,13 +428,9 @@ def _items(fd: int, tree: int, objectid: int, kind: int) -> list[tuple[int, byte
 
 
 def _read(path: str) -> str | None:
-    """A sysfs attribute; None where it, or what it was of, is gone. By plain calls: `list` reads one for each jail."""
+    """A sysfs attribute; None where it, or what it was of, is gone."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(fd, 64).decode("ascii").strip()
-        finally:
-            os.close(fd)
+        return read_bytes(path).decode("ascii").strip()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV):
             return None
