@@ -6,10 +6,12 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 
+from jailmgr.runtime.state import SUPERVISOR_LOG
 from tests.system.instance import COMMAND, Instance, instance_at, until
 from tests.system.leftovers import leftovers, running, scrap
 from tests.system.netns import Netns, session_namespace
@@ -18,6 +20,7 @@ MakeJail = Callable[..., str]
 DEBIAN = "debian/bookworm"
 BUILD_WITHIN = 900
 """Seconds a build of Debian may take with a slow mirror."""
+LOG_SHOWN = 4000
 
 numbers = itertools.count(1)
 
@@ -28,6 +31,19 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("debian")
         item.add_marker(pytest.mark.xdist_group("debian"))
         item.add_marker(pytest.mark.timeout(BUILD_WITHIN + 120))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With what failed, the last that the worker's engine and supervisors said: these files go with the instance."""
+    report = yield
+    instance = getattr(item, "funcargs", {}).get("jm")
+    if report.failed and isinstance(instance, Instance):
+        run = Path(instance.root.run)
+        for log in (run / "engine.log", *sorted(run.glob(f"tenants/*/{SUPERVISOR_LOG}"))):
+            if log.exists() and (said := log.read_text(errors="replace")):
+                report.sections.append((str(log), said[-LOG_SHOWN:]))
+    return report
 
 
 @pytest.fixture(scope="session")
