@@ -59,10 +59,14 @@ def is_there(root: Root) -> bool:
 
 def up(m: Manager) -> None:
     """Have it run, where the host has one, before a jail starts. What fails is logged: jails do without."""
+    # Where it runs, no start waits until the jails of all tenants have been given its files.
+    watcher = m.watcher
+    if watcher is None or watcher.watches_lxcfs:
+        return
     with m.lxcfs_lock:
-        if m.watcher is not None and not m.watcher.watches_lxcfs:
+        if not watcher.watches_lxcfs:
             m.lxcfs_tries = 0
-            _attempt(m, m.watcher)
+            _attempt(m, watcher)
 
 
 def again(m: Manager) -> None:

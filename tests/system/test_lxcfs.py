@@ -174,9 +174,12 @@ def test_a_supervisor_that_hangs_gets_the_files_later(jm: Instance, other_tenant
         kill_lxcfs(jm)
         log = Path(jm.root.run, "engine.log")
         told = f"lxcfs: tenant {other_tenant}: supervisor of {other_tenant}: does not answer"
+        new = busybox_jail("--memory", "32MiB")
+        assert told not in log.read_text(), "a start waited for it"
         until(lambda: told in log.read_text(), ANSWER_SECONDS + 10, "it has been given up")
-        until(lambda: covered(jm, name) == sorted(FILES), 10, "the other tenant's jail has its files")
+        until(lambda: covered(jm, name) == covered(jm, new) == sorted(FILES), 10, "the other tenant's have their files")
         check_view(jm, name, 64)
+        check_view(jm, new, 32)
     finally:
         os.kill(supervisor.pid, signal.SIGCONT)
     until(lambda: not Path(jm.root.run, "lxcfs", "stale").exists(), 20, "all jails have the files")
