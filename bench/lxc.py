@@ -34,7 +34,10 @@ lxc.cap.drop = mac_admin mac_override sys_time sys_module sys_rawio
 lxc.mount.auto = cgroup:mixed proc:mixed sys:mixed
 lxc.pty.max = 1024
 lxc.tty.max = 0
+lxc.hook.mount =
+lxc.hook.post-stop =
 """
+"""Without the hooks that Debian's lxcfs adds: its service isn't what the bench starts, and they cost a shell each."""
 NETWORK = """\
 lxc.net.0.type = veth
 lxc.net.0.flags = up
