@@ -72,6 +72,8 @@ class Manager:
         """When it died lately, of time.monotonic()."""
         self.lxcfs_tries = 0
         """How often its files have been given anew, since it began, without all jails having them."""
+        self.lxcfs_lack: list[str] = []
+        """Tenants of those jails; empty before all were asked."""
         self.boot_lock = threading.Lock()
         """Over the start of what starts with the host."""
         self.buildings: dict[str, Building] = {}

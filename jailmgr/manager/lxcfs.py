@@ -38,7 +38,7 @@ START_S, STOP_S = 10.0, 2.0
 RENEW_S = 60.0
 """For a supervisor to put the files into all of its jails."""
 ENDS_MAX, ENDS_S = 5, 10.0
-"""So many ends in so many seconds, and it is started again with the next jail only."""
+"""So many ends in so many seconds, and it is started again with the next jail, or where some still lacked its files."""
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Before each further try: a supervisor may be ending, hang or not be replaced yet. A guest may be in the way for ever,
 and of its supervisor's time each try takes some.
@@ -78,8 +78,8 @@ def again(m: Manager) -> None:
 
 def _attempt(m: Manager, watcher: Watcher) -> None:
     try:
-        if watcher.watches_lxcfs or _run(m.root, watcher):
-            _give(m.root)
+        if watcher.watches_lxcfs or _run(m, watcher):
+            _give(m)
     except (JailmgrError, OSError) as error:
         log.error("lxcfs: %s: jails see the host's memory and CPUs", error)
     if _stale(m.root).exists() and m.lxcfs_tries < len(PAUSES_S):
@@ -87,8 +87,9 @@ def _attempt(m: Manager, watcher: Watcher) -> None:
         m.lxcfs_tries += 1
 
 
-def _run(root: Root, watcher: Watcher) -> bool:
+def _run(m: Manager, watcher: Watcher) -> bool:
     """Have one run, and be watched; False where the host has none. Raises JailmgrError, OSError."""
+    root = m.root
     pidfd = _find_whole(root)
     if pidfd is None:
         found = program()
@@ -97,15 +98,21 @@ def _run(root: Root, watcher: Watcher) -> bool:
         _unmount(root)
         os.makedirs(root.lxcfs, mode=0o700, exist_ok=True)
         _stale(root).touch()
+        m.lxcfs_lack = []
         pidfd = _start(root, found)
     watcher.watch_lxcfs(pidfd)
     return True
 
 
-def _give(root: Root) -> None:
-    """Its files to the jails that run, where some lack them."""
-    if _stale(root).exists() and _renew(root):
-        _stale(root).unlink()
+def _give(m: Manager) -> None:
+    """Its files to the jails that run, where some lack them: of all tenants, and then of those where it failed."""
+    if not _stale(m.root).exists():
+        return
+    tenants = f"{m.root.run}/tenants"
+    asked = m.lxcfs_lack or (os.listdir(tenants) if os.path.isdir(tenants) else [])
+    m.lxcfs_lack = [tenant for tenant in asked if not _renew(m.root, tenant)]
+    if not m.lxcfs_lack:
+        _stale(m.root).unlink()
 
 
 def settle(m: Manager, needed: bool) -> None:
@@ -281,16 +288,8 @@ def _ready(pidfd: int, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-def _renew(root: Root) -> bool:
-    """Have every supervisor put the files into its jails; whether it was done in all of them."""
-    tenants = f"{root.run}/tenants"
-    done = True
-    for tenant in os.listdir(tenants) if os.path.isdir(tenants) else ():
-        done = _renew_in(root, tenant) and done
-    return done
-
-
-def _renew_in(root: Root, tenant: str) -> bool:
+def _renew(root: Root, tenant: str) -> bool:
+    """Have a tenant's supervisor put the files into its jails; whether it was done in all of them."""
     runs = bool(running_jails(root, tenant))
     # One that is alive is asked in any case: of a jail that is only just starting there is no state file yet.
     if not runs and supervisor_process(root, tenant) is None:
