@@ -12,7 +12,8 @@ from time import time
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import enter, protocol
 from jailmgr.runtime import syscalls as kernel
-from jailmgr.runtime.jail import Host, Jail
+from jailmgr.runtime.host import Host
+from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.proc import Process, open_process
 from jailmgr.runtime.pty import check_master, open_pty

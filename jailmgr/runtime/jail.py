@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 from time import time
@@ -17,15 +16,15 @@ from jailmgr.runtime.bundle import Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
 from jailmgr.runtime.ending import ending, wait_status
+from jailmgr.runtime.host import Host
 from jailmgr.runtime.jsonfile import write_json
-from jailmgr.runtime.loop import Loop, Timer
+from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.proc import start_time
 from jailmgr.runtime.state import (
     LAST,
     State,
     Wait,
-    host_boot_id,
     remove_state,
     remove_wait,
     set_runs,
@@ -35,46 +34,8 @@ from jailmgr.runtime.state import (
 
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 REAP_SECONDS = 2.0
-DETACH_SECONDS = 1.0
 STEADY_SECONDS = 60.0
 """A jail that ran that long begins its back-off anew."""
-
-
-class Host:
-    """What the jails of a supervisor share."""
-
-    def __init__(self, loop: Loop, run: str, hierarchies: Hierarchies, changed: Callable[[Jail], None]) -> None:
-        self.loop = loop
-        self.run = run
-        self.hierarchies = hierarchies
-        self.changed = changed
-        self.boot_id = host_boot_id()
-        self._filters: dict[str, bytes] = {}
-        self._links: set[int] = set()
-
-    def detach_later(self, index: int) -> None:
-        """Remove a link that is to go by itself, if it hasn't by then."""
-        self._links.add(index)
-        self.loop.after(DETACH_SECONDS, partial(self._detach, index))
-
-    def detach_now(self) -> None:
-        """For a supervisor that ends: nobody would come to it later."""
-        for index in tuple(self._links):
-            try:
-                self._detach(index)
-            except JailmgrError:
-                sys.excepthook(*sys.exc_info())
-
-    def _detach(self, index: int) -> None:
-        self._links.discard(index)
-        netlink.detach_index(index)
-
-    def filter(self, path: str) -> bytes:
-        """The compiled seccomp filter of that file; its name has its hash, so it never changes."""
-        if path and path not in self._filters:
-            with open(path, "rb") as file:
-                self._filters[path] = file.read()
-        return self._filters.get(path, b"")
 
 
 class Jail:

@@ -23,7 +23,8 @@ from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, process, protocol, reexec, scope
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.adopt import adopt_all
-from jailmgr.runtime.jail import Host, Jail
+from jailmgr.runtime.host import Host
+from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.loop import Loop
 from jailmgr.runtime.proc import Process, start_time
 from jailmgr.runtime.protocol import SOCKET

@@ -11,7 +11,8 @@ import pytest
 
 from jailmgr.runtime.adopt import adopt_all
 from jailmgr.runtime.bundle import Limits, read_bundle
-from jailmgr.runtime.jail import Host, Jail
+from jailmgr.runtime.host import Host
+from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.state import VERSION, load_state
 
 MIB = 1 << 20
