@@ -107,8 +107,8 @@ class Database:
         except _UNREADABLE as error:
             raise self._refused(error) from error
 
-    def open(self) -> None:
-        """Open, check, and bring the schema up to ours. A copy of the last good store is left beside it (`.good`)."""
+    def open(self, copy: bool = True) -> None:
+        """Open, check, and bring the schema up to ours. With `copy`, the copy of the last good store is renewed."""
         if self._db is not None:
             return
         self._refuse_odd_file()
@@ -131,7 +131,7 @@ class Database:
             self._db = None
             db.close()
             raise
-        if not new:
+        if copy and not new:
             self.renew_copy()
 
     def verify(self) -> None:

@@ -273,6 +273,59 @@ class Store(Database):
             assert row is not None
             return row.jail
 
+    def reserve_ids(self, jails: int, networks: int, tenants: int) -> None:
+        """Give no id up to these to anything made from here on: what has it is there, and not in the store."""
+        for table, last in (("jails", jails), ("networks", networks), ("tenants", tenants)):
+            known = self.select("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
+            if last > (known[0][0] if known else 0):
+                with self.transaction() as db:
+                    db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+                    db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last))
+
+    def take_back(self, jail: Jail, tenant: Tenant, networks: list[Network], ports: list[Port]) -> None:
+        """Put a ready jail's row back as it was, in place of any that has its id or name; its tenant's and networks'
+        where there are none. All or nothing. JailmgrError `exists` where an id, address or port has become another's.
+        """
+        with self.transaction() as db:
+            db.execute("DELETE FROM jails WHERE id = ? OR (tenant = ? AND name = ?)", (jail.id, jail.tenant, jail.name))
+            try:
+                self._take_back_tenant(tenant)
+                for network in networks:
+                    self._take_back_network(network)
+                db.execute(
+                    "INSERT INTO jails (id, tenant, name, state, image, source, created_at, config, devices,"
+                    " idmap_base) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(jail.id, jail.tenant, jail.name, READY, jail.image, jail.source, jail.created_at),
+                        *(_text(jail.config), _text(jail.devices), jail.idmap_base),
+                    ),
+                )
+            except sqlite3.IntegrityError as error:
+                raise JailmgrError(f"jail {jail.name}", f"its place is taken ({error})", "", "exists") from None
+            by_name = {network.name: network for network in networks}
+            self.set_nics(jail, [(by_name[nic.network], nic) for nic in jail.nics])
+            self.set_ports(jail, ports)
+
+    def _take_back_tenant(self, tenant: Tenant) -> None:
+        found = self.find_tenant(tenant.name)
+        if found is None:
+            row = (tenant.id, tenant.name, tenant.created_at, tenant.uid, _text(tenant.config))
+            with self.transaction() as db:
+                db.execute("INSERT INTO tenants (id, name, created_at, uid, config) VALUES (?, ?, ?, ?, ?)", row)
+        elif found.id != tenant.id:
+            why = f"the store's tenant {tenant.name} is another one (id {found.id}, not {tenant.id})"
+            raise JailmgrError(f"tenant {tenant.name}", why, "", "exists")
+
+    def _take_back_network(self, network: Network) -> None:
+        found = self.find_network(network.tenant, network.name)
+        if found is None:
+            row = (network.id, network.tenant, network.name, network.ipv4, network.ipv6, network.kind)
+            with self.transaction() as db:
+                db.execute("INSERT INTO networks (id, tenant, name, ipv4, ipv6, kind) VALUES (?, ?, ?, ?, ?, ?)", row)
+        elif found.id != network.id:
+            why = f"the store's network {network.name} is another one (id {found.id}, not {network.id})"
+            raise JailmgrError(f"network {network.name}", why, "", "exists")
+
     def update(self, jail: Jail) -> None:
         """Write a jail's image, configuration, devices and id range."""
         with self.transaction() as db:

@@ -73,7 +73,7 @@ def _hierarchies(root: Root) -> Hierarchies:
 
 
 def _accountant(root: Root, store: Store) -> Accountant:
-    m = SimpleNamespace(root=root, store=store, pool_if_open=None, hierarchies=_hierarchies(root))
+    m = SimpleNamespace(strangers={}, root=root, store=store, pool_if_open=None, hierarchies=_hierarchies(root))
     return Accountant(cast(Manager, m))
 
 
@@ -114,7 +114,9 @@ def begin() -> Iterator[Begin]:
 
 
 def test_its_thread_has_the_store_copied(host: Host) -> None:
-    m = SimpleNamespace(root=host.root, store=host.store, pool_if_open=None, hierarchies=_hierarchies(host.root))
+    m = SimpleNamespace(
+        strangers={}, root=host.root, store=host.store, pool_if_open=None, hierarchies=_hierarchies(host.root)
+    )
     accountant = Accountant(cast(Manager, m), every=0.01)
     accountant.start()
     try:
