@@ -1,6 +1,6 @@
 """Walls: what /proc and /sys show of the host, and file systems that would show more.
 
-Mechanism: the kernel lets a guest write the sysctls of its own namespaces only, and mount only what has FS_USERNS_MOUNT.
+Mechanism: the kernel lets a guest write sysctls of its own namespaces only, and mount types with FS_USERNS_MOUNT only.
 The masks over /proc and /sys are no wall: the guest's root can unmount them where the host has no AppArmor
 (docs/security.md). So the masks are off in these tests.
 """

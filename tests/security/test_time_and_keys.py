@@ -1,5 +1,7 @@
-"""Walls: the clock, the names and the keys of the host. What holds: seccomp and CAP_SYS_TIME (dropped), namespaces for
-names and uptime, a session keyring of the jail's own and one user's keyrings for each user namespace (keyrings(7)).
+"""Walls: the clock, the names and the keys of the host.
+
+Mechanism: seccomp and the dropped CAP_SYS_TIME; uts and time namespaces; a new session keyring for each program, and
+user keyrings for each user namespace (keyrings(7)).
 """
 
 from __future__ import annotations
@@ -7,8 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +27,7 @@ CLOCK_REALTIME, ADJ_OFFSET = 0, 1
 KEYCTL_READ, KEYCTL_LINK, KEYCTL_SEARCH, KEYCTL_DESCRIBE, KEYCTL_GET_PERSISTENT, KEYCTL_CHOWN, KEYCTL_REVOKE = (
     11, 8, 10, 6, 22, 4, 3,
 )  # fmt: skip
+KEYCTL_JOIN = 1
 SESSION, USER, USER_SESSION = -3, -4, -5
 SECRET = "jailmgr-secret"
 
@@ -111,6 +115,25 @@ def test_keys_of_the_host_are_not_there(guest: Guest) -> None:
             ("keyctl", KEYCTL_GET_PERSISTENT, 0, SESSION), ("keyctl", KEYCTL_SEARCH, SESSION, "user", SECRET, 0)
         )
         assert persistent[1] == "ENOKEY"
+
+
+@pytest.mark.usefixtures("needs_keyrings")
+def test_the_callers_session_keyring_is_not_inherited(new_instance: Callable[[], Instance], guest: Guest) -> None:
+    """A caller with a key in its session keyring starts the engine, and that the supervisor and the jail.
+
+    Mechanism: each program in a jail starts with a new session keyring (KEYCTL_JOIN_SESSION_KEYRING): possession of a
+    key would give all rights to it, whoever owns it.
+    """
+    instance = new_instance()
+
+    def with_a_key() -> None:
+        assert libc.syscall(number("keyctl"), KEYCTL_JOIN, None) > 0
+        assert libc.syscall(number("keyctl") - 2, b"user", SECRET.encode(), b"of the caller", 13, SESSION) > 0
+
+    with instance.popen("launch", "busybox", "keyless", preexec_fn=with_a_key, stdout=subprocess.DEVNULL) as launch:
+        assert launch.wait(60) == 0
+    keyless = Guest(instance, "keyless", guest.programs)
+    assert keyless.ask(("keyctl", KEYCTL_SEARCH, SESSION, "user", SECRET, 0)) == ["ENOKEY"]
 
 
 @pytest.mark.usefixtures("needs_keyrings")
