@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import ctypes
 import fcntl
 import os
 import stat
@@ -12,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from tests.system.conftest import MakeJail
-from tests.system.instance import Instance, alive, until
+from tests.system.instance import Instance, alive
 
 NS_GET_OWNER_UID = 0xB704
 """ioctl_ns(2)."""
