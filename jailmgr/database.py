@@ -8,14 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import stat
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from typing import Any
-from urllib.parse import quote
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import msgspec
+
+from jailmgr import store_copies
 from jailmgr.errors import JailmgrError
+from jailmgr.store_copies import Damage, check_whole, open_reader
 
 COPY_SECONDS = 86400.0
 """How old the copy of the store may be while it is open."""
@@ -25,10 +28,14 @@ VERSION = 1
 
 log = logging.getLogger(__name__)
 
+_Made = TypeVar("_Made")
+
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended result codes. The second: no room for `-shm`, without which the store can't be opened."""
-_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-"""Result codes, as are the keys of `_HINTS`."""
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+"""Result codes, as are the keys of `_HINTS`. SQLITE_ERROR: our statements are right, so the schema or a text is not."""
+_UNREADABLE = (sqlite3.Error, UnicodeError)
+"""What reading raises. UnicodeError: the error's own text quotes bytes of the damaged file."""
 _FILE_SYSTEM = (
     "See whether its file system is full, read-only or failing (df, df -i, dmesg), and leave the file as it is."
 )
@@ -69,10 +76,6 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
-class _Damage(sqlite3.DatabaseError):
-    """Found by us, not by SQLite."""
-
-
 class Database:
     """The open file. All calls may come from any thread; each is one transaction, or part of the caller's.
 
@@ -93,50 +96,71 @@ class Database:
         Even a reader makes a `-shm`. `quiet`: where it can't, read without, as long as all is in the file itself. What
         another process then begins to write isn't seen, so nothing may be deleted for what was read.
         """
+        self._refuse_odd_file()
         try:
             try:
-                self._db = _reader(self.path)
+                self._db = open_reader(self.path)
             except sqlite3.OperationalError:
                 if not quiet or _size(f"{self.path}-wal"):
                     raise
-                self._db = _reader(self.path, "&immutable=1")
-        except sqlite3.Error as error:
+                self._db = open_reader(self.path, "&immutable=1")
+        except _UNREADABLE as error:
             raise self._refused(error) from error
 
-    def open(self) -> None:
-        """Open, check, and bring the schema up to ours. A copy of the last good store is left beside it (`.good`)."""
+    def open(self, copy: bool = True) -> None:
+        """Open, check, and bring the schema up to ours. With `copy`, the copy of the last good store is renewed."""
         if self._db is not None:
             return
+        self._refuse_odd_file()
         new = not os.path.exists(self.path)
         try:
             db = _connect(self.path)
-        except sqlite3.Error as error:
+        except _UNREADABLE as error:
             raise self._refused(error) from error
         try:
             _migrate(db, self.path, new)
-            _check(db)
+            check_whole(db)
             os.chmod(self.path, 0o600)
-        except sqlite3.Error as error:
+            self._db = db
+            self.verify()
+        except _UNREADABLE as error:
+            self._db = None
             db.close()
             raise self._refused(error) from error
         except BaseException:
+            self._db = None
             db.close()
             raise
-        self._db = db
-        if not new:
+        if copy and not new:
             self.renew_copy()
 
-    def renew_copy(self, older_than: float = 0.0) -> None:
-        """Renew the copy, if it is that many seconds old. What fails is logged, and leaves the copy there was.
+    def verify(self) -> None:
+        """Read all rows once and check what they hold, as the file is opened. Raises JailmgrError, Damage."""
 
-        Nobody waits for it: it is read by a connection of its own, of which WAL lets others write.
+    def renew_copy(self, older_than: float = 0.0) -> None:
+        """Renew the copies where the newest is that many seconds old. A failure is logged, and changes none of them.
+
+        Nobody waits: a connection of its own reads, and WAL lets others write meanwhile.
         """
-        good = f"{self.path}.good"
         try:
-            if _age(good) >= older_than:
-                _copy(self.path, good)
-        except (sqlite3.Error, OSError) as error:
-            log.warning("store %s could not be copied to %s: %s", self.path, good, error)
+            store_copies.renew(self.path, older_than)
+        except (*_UNREADABLE, OSError) as error:
+            log.warning("store %s could not be copied to %s.good: %s", self.path, self.path, error)
+
+    def is_blank(self) -> bool:
+        """Whether the file is not there, or holds nothing at all: no schema was ever written to it."""
+        self._refuse_odd_file()
+        # SQLite deletes the log beside an empty file, which may be all that is left: it is not asked about one.
+        if not _size(self.path):
+            return True
+        try:
+            db = sqlite3.connect(self.path, timeout=5)
+            try:
+                return not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            finally:
+                db.close()
+        except _UNREADABLE as error:
+            raise self._refused(error) from error
 
     def close(self) -> None:
         """Fold the log into the file and close. Fine if it isn't open."""
@@ -170,7 +194,7 @@ class Database:
                     self._depth = 0
             except sqlite3.IntegrityError:
                 raise
-            except sqlite3.Error as error:
+            except _UNREADABLE as error:
                 raise self._refused(error) from error
 
     def version(self) -> tuple[int, int, int]:
@@ -179,7 +203,7 @@ class Database:
             return -1, -1, -1
         try:
             (others,) = self._db.execute("PRAGMA data_version").fetchone()
-        except sqlite3.Error as error:
+        except _UNREADABLE as error:
             raise self._refused(error) from error
         return others, self._db.total_changes, self._undone
 
@@ -189,13 +213,30 @@ class Database:
                 raise JailmgrError(f"store {self.path}", "it is not open", "", "unavailable")
             try:
                 return self._db.execute(query, values).fetchall()
-            except sqlite3.Error as error:
+            except _UNREADABLE as error:
                 raise self._refused(error) from error
 
-    def _refused(self, error: sqlite3.Error) -> JailmgrError:
-        """What SQLite says, as ours. Only of a damaged store it tells to put another in its place: that loses data."""
+    def read(self, make: Callable[[Any], _Made], query: str, *values: object) -> list[_Made]:
+        """`select`, with `make` applied to each row; what `make` can't read is damage (msgspec's errors)."""
+        rows = self.select(query, *values)
+        try:
+            return [make(row) for row in rows]
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise self._damaged(error) from error
+
+    def _refuse_odd_file(self) -> None:
+        """Refuse a directory or a FIFO in the file's place: opening the latter would wait for a writer."""
+        try:
+            mode = os.stat(self.path).st_mode
+        except OSError:
+            return
+        if not stat.S_ISREG(mode):
+            raise self._damaged(Damage("it is not a file"))
+
+    def _refused(self, error: Exception) -> JailmgrError:
+        """SQLite's error as ours. Only the hint about a damaged store names a copy: to put one in place loses data."""
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)  # sqlite3's own errors have none
-        if isinstance(error, _Damage) or code & 0xFF in _DAMAGED:
+        if isinstance(error, Damage | UnicodeError) or code & 0xFF in _DAMAGED:
             return self._damaged(error)
         if code in _FULL:
             why = f"its disk has no room: {error}"
@@ -204,15 +245,16 @@ class Database:
         return JailmgrError(f"store {self.path}", str(error), hint, "unavailable" if hint else "failed")
 
     def _damaged(self, error: Exception) -> JailmgrError:
-        good = f"{self.path}.good"
-        hint = "Nothing was changed: jails that run go on, volumes are in the pool. "
-        if os.path.exists(good):
-            # With a log left beside it, SQLite would put what that says of the damaged file into the copy.
-            hint += f"The last good copy is {good}: move {self.path} aside, with its -wal and -shm if there are any,"
-            hint += " and put the copy in its place."
-        else:
-            hint += "Put a copy of the file back from a backup."
+        hint = f"Nothing was changed: jails that run go on, volumes are in the pool. {self.remedy()}"
         return JailmgrError(f"store {self.path}", f"it can't be read: {error}", hint)
+
+    def remedy(self) -> str:
+        """What to do about a damaged or lost store, as a hint."""
+        if copy := store_copies.best(self.path):
+            # SQLite would put what a log left beside it holds of the damaged file into the copy.
+            aside = f"move {self.path} aside, with its -wal and -shm if there are any"
+            return f"The last good copy is {copy}: {aside}, and put the copy in its place."
+        return "Put a copy of the file back from a backup."
 
 
 def _connect(path: str) -> sqlite3.Connection:
@@ -237,51 +279,10 @@ def _migrate(db: sqlite3.Connection, path: str, new: bool) -> None:
             f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; COMMIT"
         )
     elif application != APPLICATION:
-        raise _Damage("it is not a store of jailmgr")
+        raise Damage("it is not a store of jailmgr")
     elif version > VERSION:
         why = f"its version is {version}, this jailmgr knows {VERSION}"
         raise JailmgrError(f"store {path}", why, "Use the newer jailmgr it was made by.")
-
-
-def _check(db: sqlite3.Connection) -> None:
-    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise _Damage(found)
-
-
-def _reader(path: str, how: str = "") -> sqlite3.Connection:
-    """A connection that only reads, and can: one that can't says so here. Raises sqlite3.Error."""
-    db = sqlite3.connect(f"file:{quote(path)}?mode=ro{how}", uri=True, timeout=5, check_same_thread=False)
-    try:
-        db.execute("SELECT count(*) FROM jails").fetchone()
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _copy(path: str, to: str) -> None:
-    """Copy a store that is open, whole or not at all, and not a damaged one. Raises sqlite3.Error, OSError."""
-    new = f"{to}.new"
-    _unlink(new, f"{new}-journal")
-    try:
-        with closing(_reader(path)) as store, closing(sqlite3.connect(new)) as copy:
-            _check(store)
-            os.chmod(new, 0o600)
-            store.backup(copy)
-        os.rename(new, to)
-    except BaseException:
-        _unlink(new, f"{new}-journal")
-        raise
-
-
-def _age(path: str) -> float:
-    """Seconds since a file was written: without end where there is none, or it is of a time yet to come."""
-    try:
-        age = time.time() - os.stat(path).st_mtime
-    except FileNotFoundError:
-        return float("inf")
-    return age if age >= 0 else float("inf")
 
 
 def _size(path: str) -> int:
@@ -289,11 +290,3 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-
-
-def _unlink(*paths: str) -> None:
-    for path in paths:
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            continue

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Any
+from ipaddress import IPv4Interface, IPv6Interface
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -18,8 +19,13 @@ from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import near_miss
 from jailmgr.keys import Config, Devices
 from jailmgr.model import Image, Jail, Network, Nic, Port, Tenant
+from jailmgr.store_copies import Damage
 
-CREATING, READY, DELETING, RENAMING = "creating", "ready", "deleting", "renaming"
+State = Literal["creating", "ready", "deleting", "renaming"]
+CREATING: Final = "creating"
+READY: Final = "ready"
+DELETING: Final = "deleting"
+RENAMING: Final = "renaming"
 
 _JAILS = "SELECT id, tenant, name, image, source, created_at, config, devices, idmap_base, state, next FROM jails"
 
@@ -28,7 +34,7 @@ class Row(msgspec.Struct, frozen=True):
     """A jail and how far it is. `next`: the name it is getting, while `renaming`."""
 
     jail: Jail
-    state: str
+    state: State
     next: str | None = None
 
 
@@ -39,6 +45,21 @@ class Store(Database):
         super().__init__(path)
         self._rows: dict[str | None, list[Row]] = {}
         self._rows_version = (-1, -1, -1)
+
+    def verify(self) -> None:
+        """As Database: the type of every field, states and addresses, none of which SQLite checks."""
+        self._rows_version = (-1, -1, -1)  # another file may have the number of the one that was open before
+        try:
+            for row in self.rows():
+                _check_types(row)
+                _check_addresses([nic.ipv4 for nic in row.jail.nics], [nic.ipv6 for nic in row.jail.nics])
+            for network in self.networks():
+                _check_types(network)
+                _check_addresses([network.ipv4], [network.ipv6])
+            for kept in (*self.tenants(), *self.images(), *self.ports()):
+                _check_types(kept)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise Damage(str(error)) from error
 
     def fact(self, name: str) -> str:
         """A small thing remembered (`set_fact`), or an empty string."""
@@ -52,11 +73,11 @@ class Store(Database):
     # tenants
 
     def tenants(self) -> list[Tenant]:
-        return [_tenant(row) for row in self.select("SELECT * FROM tenants ORDER BY name")]
+        return self.read(_tenant, "SELECT * FROM tenants ORDER BY name")
 
     def find_tenant(self, name: str) -> Tenant | None:
-        found = self.select("SELECT * FROM tenants WHERE name = ?", name)
-        return _tenant(found[0]) if found else None
+        found = self.read(_tenant, "SELECT * FROM tenants WHERE name = ?", name)
+        return found[0] if found else None
 
     def tenant(self, name: str) -> Tenant:
         """JailmgrError `missing` where there is none of that name."""
@@ -95,12 +116,11 @@ class Store(Database):
 
     def networks(self, tenant: str | None = None) -> list[Network]:
         query = "SELECT * FROM networks WHERE ? IS NULL OR tenant = ? ORDER BY tenant, name"
-        rows = self.select(query, tenant, tenant)
-        return [Network(*row) for row in rows]
+        return self.read(_network, query, tenant, tenant)
 
     def find_network(self, tenant: str, name: str) -> Network | None:
-        found = self.select("SELECT * FROM networks WHERE tenant = ? AND name = ?", tenant, name)
-        return Network(*found[0]) if found else None
+        found = self.read(_network, "SELECT * FROM networks WHERE tenant = ? AND name = ?", tenant, name)
+        return found[0] if found else None
 
     def add_network(self, tenant: str, name: str, make: Callable[[int], Network]) -> Network:
         """The network that `make` chooses for the id it is given; kept only if it could."""
@@ -129,25 +149,26 @@ class Store(Database):
 
     def images(self) -> list[Image]:
         """The newest last."""
-        rows = self.select("SELECT image FROM images ORDER BY created_at")
-        return [self._with_aliases(_decode_image(row[0])) for row in rows]
+        return [
+            self._with_aliases(image) for image in self.read(_image, "SELECT image FROM images ORDER BY created_at")
+        ]
 
     def find_image(self, fingerprint: str) -> Image | None:
-        found = self.select("SELECT image FROM images WHERE fingerprint = ?", fingerprint)
-        return self._with_aliases(_decode_image(found[0][0])) if found else None
+        found = self.read(_image, "SELECT image FROM images WHERE fingerprint = ?", fingerprint)
+        return self._with_aliases(found[0]) if found else None
 
     def image_of_key(self, key: str) -> Image | None:
         """The newest image built from inputs of this hash."""
-        found = self.select("SELECT image FROM images WHERE key = ? ORDER BY created_at DESC LIMIT 1", key)
-        return self._with_aliases(_decode_image(found[0][0])) if found and key else None
+        found = self.read(_image, "SELECT image FROM images WHERE key = ? ORDER BY created_at DESC LIMIT 1", key)
+        return self._with_aliases(found[0]) if found and key else None
 
     def image_of_alias(self, alias: str) -> Image | None:
         found = self.select("SELECT fingerprint FROM aliases WHERE alias = ?", alias)
         return self.find_image(found[0][0]) if found else None
 
     def images_of_prefix(self, prefix: str) -> list[Image]:
-        rows = self.select("SELECT image FROM images WHERE substr(fingerprint, 1, ?) = ?", len(prefix), prefix)
-        return [self._with_aliases(_decode_image(row[0])) for row in rows]
+        query = "SELECT image FROM images WHERE substr(fingerprint, 1, ?) = ?"
+        return [self._with_aliases(image) for image in self.read(_image, query, len(prefix), prefix)]
 
     def put_image(self, image: Image) -> None:
         """Add or replace. Its aliases move to it from the images that had them."""
@@ -200,21 +221,22 @@ class Store(Database):
 
     def _read_rows(self, tenant: str | None) -> list[Row]:
         with self._lock:
-            found = self.select(f"{_JAILS} WHERE ? IS NULL OR tenant = ? ORDER BY tenant, name", tenant, tenant)
             nics: dict[int, list[Nic]] = {}
             for jail, *nic in self.select("SELECT jail, name, network_name, veth, mac, ipv4, ipv6 FROM nics"):
                 nics.setdefault(jail, []).append(Nic(*nic))
-        return [_row(row, nics.get(row[0], [])) for row in found]
+            query = f"{_JAILS} WHERE ? IS NULL OR tenant = ? ORDER BY tenant, name"
+            return self.read(lambda row: _row(row, nics.get(row[0], [])), query, tenant, tenant)
 
     def find_row(self, tenant: str, name: str) -> Row | None:
         with self._lock:
-            found = self.select(f"{_JAILS} WHERE tenant = ? AND name = ?", tenant, name)
-            if not found:
-                return None
-            nics = self.select(
-                "SELECT name, network_name, veth, mac, ipv4, ipv6 FROM nics WHERE jail = ? ORDER BY name", found[0][0]
+            query = "SELECT name, network_name, veth, mac, ipv4, ipv6 FROM nics WHERE jail = ? ORDER BY name"
+            found = self.read(
+                lambda row: _row(row, [Nic(*nic) for nic in self.select(query, row[0])]),
+                f"{_JAILS} WHERE tenant = ? AND name = ?",
+                tenant,
+                name,
             )
-        return _row(found[0], [Nic(*nic) for nic in nics])
+        return found[0] if found else None
 
     def jails(self, tenant: str | None = None) -> list[Jail]:
         """Those that are ready."""
@@ -251,6 +273,59 @@ class Store(Database):
             assert row is not None
             return row.jail
 
+    def reserve_ids(self, jails: int, networks: int, tenants: int) -> None:
+        """Give no id up to these to anything made from here on: what has it is there, and not in the store."""
+        for table, last in (("jails", jails), ("networks", networks), ("tenants", tenants)):
+            known = self.select("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
+            if last > (known[0][0] if known else 0):
+                with self.transaction() as db:
+                    db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+                    db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last))
+
+    def take_back(self, jail: Jail, tenant: Tenant, networks: list[Network], ports: list[Port]) -> None:
+        """Put a ready jail's row back as it was, in place of any that has its id or name; its tenant's and networks'
+        where there are none. All or nothing. JailmgrError `exists` where an id, address or port has become another's.
+        """
+        with self.transaction() as db:
+            db.execute("DELETE FROM jails WHERE id = ? OR (tenant = ? AND name = ?)", (jail.id, jail.tenant, jail.name))
+            try:
+                self._take_back_tenant(tenant)
+                for network in networks:
+                    self._take_back_network(network)
+                db.execute(
+                    "INSERT INTO jails (id, tenant, name, state, image, source, created_at, config, devices,"
+                    " idmap_base) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(jail.id, jail.tenant, jail.name, READY, jail.image, jail.source, jail.created_at),
+                        *(_text(jail.config), _text(jail.devices), jail.idmap_base),
+                    ),
+                )
+            except sqlite3.IntegrityError as error:
+                raise JailmgrError(f"jail {jail.name}", f"its place is taken ({error})", "", "exists") from None
+            by_name = {network.name: network for network in networks}
+            self.set_nics(jail, [(by_name[nic.network], nic) for nic in jail.nics])
+            self.set_ports(jail, ports)
+
+    def _take_back_tenant(self, tenant: Tenant) -> None:
+        found = self.find_tenant(tenant.name)
+        if found is None:
+            row = (tenant.id, tenant.name, tenant.created_at, tenant.uid, _text(tenant.config))
+            with self.transaction() as db:
+                db.execute("INSERT INTO tenants (id, name, created_at, uid, config) VALUES (?, ?, ?, ?, ?)", row)
+        elif found.id != tenant.id:
+            why = f"the store's tenant {tenant.name} is another one (id {found.id}, not {tenant.id})"
+            raise JailmgrError(f"tenant {tenant.name}", why, "", "exists")
+
+    def _take_back_network(self, network: Network) -> None:
+        found = self.find_network(network.tenant, network.name)
+        if found is None:
+            row = (network.id, network.tenant, network.name, network.ipv4, network.ipv6, network.kind)
+            with self.transaction() as db:
+                db.execute("INSERT INTO networks (id, tenant, name, ipv4, ipv6, kind) VALUES (?, ?, ?, ?, ?, ?)", row)
+        elif found.id != network.id:
+            why = f"the store's network {network.name} is another one (id {found.id}, not {network.id})"
+            raise JailmgrError(f"network {network.name}", why, "", "exists")
+
     def update(self, jail: Jail) -> None:
         """Write a jail's image, configuration, devices and id range."""
         with self.transaction() as db:
@@ -273,7 +348,7 @@ class Store(Database):
                     why = f"it is taken in network {network.name}"
                     raise JailmgrError(f"address {nic.ipv4}", why, "Leave --ip out for a free one.", "exists") from None
 
-    def set_state(self, jail: Jail, state: str, next_name: str | None = None) -> None:
+    def set_state(self, jail: Jail, state: State, next_name: str | None = None) -> None:
         with self.transaction() as db:
             try:
                 db.execute("UPDATE jails SET state = ?, next = ? WHERE id = ?", (state, next_name, jail.id))
@@ -342,8 +417,25 @@ def _text(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _decode_image(encoded: bytes) -> Image:
-    return msgspec.json.decode(encoded, type=Image)
+def _check_types(kept: msgspec.Struct) -> None:
+    """Raises msgspec.MsgspecError where a field holds what its annotation does not allow."""
+    msgspec.json.decode(msgspec.json.encode(kept), type=type(kept))
+
+
+def _check_addresses(ipv4: list[str], ipv6: list[str]) -> None:
+    """Raises ValueError."""
+    for text in ipv4:
+        IPv4Interface(text)
+    for text in ipv6:
+        IPv6Interface(text)
+
+
+def _image(row: Any) -> Image:
+    return msgspec.json.decode(row[0], type=Image)
+
+
+def _network(row: Any) -> Network:
+    return Network(*row)
 
 
 def _tenant(row: Any) -> Tenant:

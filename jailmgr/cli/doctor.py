@@ -9,6 +9,7 @@ import typer
 from jailmgr.cli.command import command
 from jailmgr.cli.output import printable, remark, show, table
 from jailmgr.cli.settings import Settings
+from jailmgr.errors import JailmgrError
 
 
 def add(app: typer.Typer) -> None:
@@ -19,14 +20,19 @@ def add(app: typer.Typer) -> None:
 def doctor(
     settings: Settings,
     fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended, then check again.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="With --fix: take jails back that the store does not know.")
+    ] = False,
 ) -> int:
     """Check the host. Exit status 1 where something that matters is not in order."""
     import msgspec
 
     from jailmgr.manager import doctor as checks
 
+    if adopt and not fix:
+        raise JailmgrError("doctor --adopt", "it goes with --fix", "Use: jailmgr doctor --fix --adopt", "invalid")
     if fix:
-        for line in checks.fix(settings.root):
+        for line in checks.fix(settings.root, adopt):
             remark(settings, line)
     found: list[dict[str, Any]] = msgspec.to_builtins(checks.doctor(settings.root))
     show(settings, found, lambda: _page(found))

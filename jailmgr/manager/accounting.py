@@ -97,7 +97,8 @@ class Accountant:
                 committed_usage(pool) if pool is not None else None,
             )
             if tenant is None:
-                self._store.tidy({row.jail.id for row in rows}, time.time())
+                strange = {one.on_disk.id for one in self._m.strangers.values() if one.on_disk.id is not None}
+                self._store.tidy({row.jail.id for row in rows} | strange, time.time())
 
     def settle(self, jail: Jail) -> None:
         """Count a jail that is about to be deleted for the last time. What fails is logged: it goes all the same.

@@ -15,9 +15,11 @@ from jailmgr.manager.admission import admit, check_restricted
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
+from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
+from jailmgr.manager.strangers import check_free
 from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail
 from jailmgr.network.shaping import rates_of_jail
@@ -48,9 +50,9 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
                 if _nic(old) != _nic(new):
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
             undo.callback(_put_back, m, old)
-            if up:
-                undo.callback(write_bundle, m, old)
-                write_bundle(m, new)
+            write = write_bundle if up else renew_kept
+            undo.callback(write, m, old)
+            write(m, new)
             if runs:
                 _apply_ports(m, old, new, undo)
             if rates_of_jail(old) != rates_of_jail(new):
@@ -145,8 +147,8 @@ def _apply_ports(m: Manager, old: Jail, new: Jail, undo: ExitStack) -> None:
                 networks.unpublish_port(m, old, port)
         for port in after:
             if port not in before:
-                undo.callback(networks.unpublish_port, m, new, port)
                 networks.publish_port(m, new, port)
+                undo.callback(networks.unpublish_port, m, new, port)
 
 
 def _put_back(m: Manager, old: Jail) -> None:
@@ -169,14 +171,20 @@ def rename(m: Manager, tenant: str, name: str, new: str) -> None:
             raise JailmgrError(f"jail {name}", why, f"Stop it first: jailmgr stop {name}", "conflict")
         with m.store.transaction():
             if m.store.name_taken(tenant, new):
-                raise JailmgrError(f"jail {new}", "there is one of that name already", "Choose another.", "exists")
+                raise JailmgrError(f"jail {new}", "already exists", "Choose another name.", "exists")
+            check_free(m, tenant, new)
             m.store.set_state(jail, RENAMING, new)
         finish_rename(m, Row(jail, RENAMING, new))
 
 
 def finish_rename(m: Manager, row: Row) -> None:
-    """Carry out what a row in state `renaming` announces. Idempotent."""
+    """Carry out what a row in state `renaming` announces. Idempotent.
+
+    Raises JailmgrError: `conflict` where a name is by now that of a jail that the store does not know.
+    """
     old, name = row.jail, row.next or row.jail.name
+    m.check_known(old.tenant, old.name)
+    m.check_known(old.tenant, name)
     new = msgspec.structs.replace(old, name=name)
     if os.path.isdir(m.root.volume(old.tenant, old.name)):
         rename_volume(m.pool, old.tenant, old.name, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import msgspec
 
@@ -21,10 +21,12 @@ from jailmgr.manager.names import make_up_name
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
+from jailmgr.manager.strangers import check_free
 from jailmgr.manager.tenants import check_tenant, ensure_tenant
 from jailmgr.manager.totals import hold_volumes
 from jailmgr.model import Image, Jail
 from jailmgr.runtime import cgroups
+from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import create_volume
 from jailmgr.store import READY
 from jailmgr.template.render import render_create_files
@@ -72,6 +74,8 @@ def create(
     m.check_disk()
     folded, placed = fold(config, devices)
     ensure_tenant(m, tenant)
+    if is_made(m.root):
+        _ = m.pool
     jail = _reserve(m, tenant, name, source, folded, placed)
     with ExitStack() as undo:
         undo.callback(finish_delete, m, jail)
@@ -98,7 +102,7 @@ def launch(
     """`create` and `start`. A jail that can't be started is deleted again; one that only isn't up in time is kept."""
     jail = create(m, tenant, name, source, config, devices, progress=progress, cancelled=cancelled)
     with ExitStack() as undo:
-        undo.callback(delete, m, tenant, jail.name, force=True)
+        undo.callback(_delete_again, m, jail)
         progress("starting", 0, 0)
         start(m, tenant, jail.name)
         undo.pop_all()
@@ -108,16 +112,25 @@ def launch(
     return jail
 
 
+def _delete_again(m: Manager, jail: Jail) -> None:
+    """Delete the jail that `launch` has made, unless somebody else has started, renamed or deleted it meanwhile."""
+    with suppress(JailmgrError):
+        delete(m, jail.tenant, jail.name, ident=jail.id)
+
+
 def _reserve(m: Manager, tenant: str, name: str | None, source: str, config: Config, devices: Devices) -> Jail:
+    """Take the name, once nothing of it is there: from here on all that has it is this call's, and may be undone."""
     while True:
         try:
             with m.store.transaction():
                 jail = m.store.reserve(tenant, name or make_up_name(m, tenant), source, config, devices)
+                check_free(m, tenant, jail.name)
                 m.store.set_ports(jail, ports_of(jail))
                 admit(m, jail)
                 return jail
         except JailmgrError as error:
-            if name is not None or error.what.startswith("port ") or error.code != "exists":
+            taken = error.what.startswith("jail ") and error.code in ("exists", "conflict")
+            if name is not None or not taken:
                 raise
 
 

@@ -20,13 +20,16 @@ from jailmgr.storage.volume import delete_volume
 from jailmgr.store import CREATING, DELETING
 
 
-def delete(m: Manager, tenant: str, name: str, *, force: bool = False) -> None:
+def delete(m: Manager, tenant: str, name: str, *, force: bool = False, ident: int | None = None) -> None:
     """Delete a jail with all that is in it; a running one only with `force`, which kills it.
 
-    Raises JailmgrError: `missing`, `conflict` where it runs or is being made.
+    `ident`: only the jail with this id. Raises JailmgrError: `missing`, `conflict` where it runs, is being made, or is
+    another jail than the one of that id.
     """
     with m.jail_of_any_state(tenant, name) as row:
         jail = row.jail
+        if ident not in (None, jail.id):
+            raise JailmgrError(f"jail {name}", "another jail has that name now", "", "conflict")
         if row.state == CREATING:
             raise JailmgrError(f"jail {name}", "it is being created", "Try again when that is done.", "conflict")
         if running(m, jail) and not force:
@@ -39,13 +42,16 @@ def delete(m: Manager, tenant: str, name: str, *, force: bool = False) -> None:
 def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None:
     """Remove all that a row in state `deleting` or `creating` stands for, and last the row. Idempotent.
 
-    `other_name`: the name a half-done rename was giving it.
+    `other_name`: the name a half-done rename was giving it. Where a name is another jail's by now, which the store does
+    not know, that jail keeps all it has.
     """
-    end_if_alive(m, jail)
-    if m.accountant is not None:
-        m.accountant.settle(jail)
-    networks.forget(m, jail)
-    for name in filter(None, (jail.name, other_name)):
+    names = [name for name in (jail.name, other_name) if name and (jail.tenant, name) not in m.strangers]
+    if jail.name in names:
+        end_if_alive(m, jail)
+        if m.accountant is not None:
+            m.accountant.settle(jail)
+        networks.forget(m, jail)
+    for name in names:
         cgroups.remove(m.hierarchies, cgroup_of(m.root, jail.tenant, name))
         if is_made(m.root):
             delete_volume(m.pool, jail.tenant, name, jail.id)
@@ -54,7 +60,8 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
             shutil.rmtree(lib)
         remove_state(m.root.tenant_run(jail.tenant), name)
         remove_wait(m.root.tenant_run(jail.tenant), name)
-    release(m, jail)
+    if jail.id not in {stranger.on_disk.id for stranger in m.strangers.values()}:
+        release(m, jail)
     m.store.remove(jail)
     m.stopped_views.pop(jail.id, None)
     if m.watcher is not None and not m.store.jails(jail.tenant):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jailmgr.manager.accounting import Accountant
     from jailmgr.manager.disk_guard import DiskGuard
     from jailmgr.manager.images import Building
+    from jailmgr.manager.strangers import Stranger
     from jailmgr.manager.watch import Watcher
     from jailmgr.model import JailView
 
@@ -37,6 +38,8 @@ Cancelled = Callable[[], bool]
 DEFAULT_TENANT = "default"
 BUILD_TENANT = "_build"
 """Whose jails the builds are; no tenant can have this name."""
+ADOPT = "Take it back into the store: jailmgr engine stop (jails run on), then jailmgr doctor --fix --adopt."
+"""The hint about a jail that is there and that the store does not know (manager/strangers.py)."""
 
 
 class CancelledError(JailmgrError):
@@ -93,6 +96,8 @@ class Manager:
         self._locks_lock = threading.Lock()
         self.stopped_views: dict[int, tuple[Row, int | None, JailView]] = {}
         """By id, the last view of each jail that didn't run, and what it was made from: it changes with that only."""
+        self.strangers: dict[tuple[str, str], Stranger] = {}
+        """Jails that are there and that the store does not know, by tenant and name, as the engine opened."""
         self.watcher: Watcher | None = None
         self.disk_guard: DiskGuard | None = None
         self.accountant: Accountant | None = None
@@ -106,17 +111,19 @@ class Manager:
         from jailmgr.manager.accounting import Accountant
         from jailmgr.manager.disk_guard import DiskGuard
         from jailmgr.manager.reconcile import reconcile
+        from jailmgr.manager.strangers import refuse_blank_store
         from jailmgr.manager.watch import Watcher
 
-        self._refuse_lost_store()
+        refuse_blank_store(self.root, self.store)
         for directory in (self.root.lib, self.root.run):
             os.makedirs(directory, mode=0o700, exist_ok=True)
         claims.claim_mark(self.root)
-        self.store.open()
+        self.store.open(copy=False)
         try:
             self.watcher = Watcher(self)
             self.accountant = Accountant(self)
             reconcile(self)
+            self.store.renew_copy()
             self.disk_guard = DiskGuard(self)
             self.disk_guard.start()
             self.accountant.start()
@@ -161,26 +168,11 @@ class Manager:
     def disk_is_full(self) -> bool:
         return self.disk_guard is not None and self.disk_guard.full
 
-    def _refuse_lost_store(self) -> None:
-        jails = f"{self.root.lib}/jails"
-        if os.path.exists(self.root.store) or not os.path.isdir(jails):
-            return
-        found = [
-            f"{tenant}/{jail}"
-            for tenant in os.listdir(jails)
-            if tenant != BUILD_TENANT
-            for jail in os.listdir(f"{jails}/{tenant}")
-        ]
-        if found:
-            store, good = self.root.store, f"{self.root.store}.good"
-            # SQLite would put a log that is left into the copy.
-            put = f"rm -f {store}-wal {store}-shm && cp {good} {store}"
-            hint = f"Put the last good copy in its place: {put}" if os.path.exists(good) else ""
-            raise JailmgrError(
-                f"store {store}",
-                f"it is gone, but {len(found)} jails are there ({', '.join(sorted(found)[:3])})",
-                hint or f"Put it back from a backup, or move {self.root.lib} away to begin anew.",
-            )
+    def check_known(self, tenant: str, name: str) -> None:
+        """Refuse to touch a jail of which the store has another's row. JailmgrError `conflict`."""
+        if (stranger := self.strangers.get((tenant, name))) is not None:
+            why = f"what is there of that name is another jail (id {stranger.on_disk.id}) than the store knows"
+            raise JailmgrError(f"jail {name}", why, ADOPT, "conflict")
 
     @property
     def pool(self) -> Pool:
@@ -214,6 +206,7 @@ class Manager:
     def jail(self, tenant: str, name: str) -> Iterator[Jail]:
         """A ready jail, locked. JailmgrError `missing`, or `conflict` while it is made, renamed or deleted."""
         self.store.jail(tenant, name)
+        self.check_known(tenant, name)
         with self._locked(tenant, name):
             yield self.store.jail(tenant, name)
 
@@ -225,9 +218,10 @@ class Manager:
 
     @contextmanager
     def jail_of_any_state(self, tenant: str, name: str) -> Iterator[Row]:
-        """A jail, locked, whatever a failure left it in. JailmgrError `missing`."""
+        """A jail, locked, whatever a failure left it in. JailmgrError `missing`, `conflict`."""
         if self.store.find_row(tenant, name) is None:
             self.store.jail(tenant, name)
+        self.check_known(tenant, name)
         with self._locked(tenant, name):
             row = self.store.find_row(tenant, name)
             yield row or Row(self.store.jail(tenant, name), READY)

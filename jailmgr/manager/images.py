@@ -17,7 +17,8 @@ from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
 from jailmgr.key_checks import near_miss
 from jailmgr.manager.builder import claim_key, remove_build, run_in_build
-from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
+from jailmgr.manager.host import ADOPT, Cancelled, CancelledError, Manager, Progress, never, quiet
+from jailmgr.manager.strangers import image_of_stranger
 from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
 from jailmgr.model import Image
 from jailmgr.storage.pool import pool_usage
@@ -235,6 +236,9 @@ def delete_image(m: Manager, reference: str) -> None:
     image = find_image(m, reference)
     with m.image_lock:
         m.store.check_image_unused(image.fingerprint)
+        if name := image_of_stranger(m, image.fingerprint):
+            why = f"jail {name}, which the store does not know, is made of it"
+            raise JailmgrError(f"image {image.fingerprint[:12]}", why, ADOPT, "conflict")
         image_store.remove_image(m.pool, image.fingerprint)
         m.store.remove_image(image.fingerprint)
 

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import msgspec
 
 from jailmgr.config import Root
+from jailmgr.errors import JailmgrError
 from jailmgr.manager import lxcfs
+from jailmgr.manager.adoption import adopt_all
 from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.model import Jail
 from jailmgr.network import bridge, dns, firewall, shaping
@@ -61,19 +63,35 @@ def find_leftovers(root: Root) -> list[Leftover]:
     return _find(root, engine_runs(root))
 
 
-def fix(root: Root) -> list[str]:
-    """Remove the leftovers but those that are kept; a line for each. Raises JailmgrError, OSError."""
+def fix(root: Root, adopt: bool = False) -> list[str]:
+    """Remove the leftovers but those that are kept; a line for each. Raises JailmgrError, OSError.
+
+    `adopt`: first take jails back that the store does not know, for which no engine may run.
+    """
     with ExitStack() as held:
         alone = _keep_engines_out(root, held)
+        if adopt and not alone:
+            raise JailmgrError(
+                "doctor --fix --adopt",
+                "the engine is running, and the store is its own",
+                "Stop it first: jailmgr engine stop. Jails run on.",
+                "conflict",
+            )
+        adopted = adopt_all(root) if adopt else []
         found = [leftover for leftover in _find(root, not alone) if not leftover.kept]
         for leftover in found:
             if leftover.remove is not None:
                 leftover.remove()
+        done = [*adopted, *(f"removed {leftover.what}" for leftover in found)]
         if alone and os.path.exists(root.store):
             m = Manager(root)
-            m.open(autostart=False)
-            m.close()
-    return [leftover.what for leftover in found]
+            try:
+                m.open(autostart=False)
+            except JailmgrError as error:
+                done.append(f"not finished: {error}")
+            else:
+                m.close()
+    return done
 
 
 def _keep_engines_out(root: Root, held: ExitStack) -> bool:

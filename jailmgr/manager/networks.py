@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 from ipaddress import IPv4Interface
 
 from jailmgr import claims
@@ -13,6 +14,7 @@ from jailmgr.manager import shaping
 from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
+from jailmgr.manager.strangers import addresses_of_strangers, published_by_strangers
 from jailmgr.manager.view import NetworkView
 from jailmgr.model import Jail, Network, Nic, Port
 from jailmgr.network import addresses, bridge, dns, firewall
@@ -65,7 +67,7 @@ def check_address(m: Manager, tenant: str, network_name: str, wanted: str, but: 
     network = m.store.find_network(tenant, network_name)
     if network is not None:
         own = {nic.ipv4 for nic in but.nics} if but else set()
-        addresses.choose_address(network, m.store.addresses(network) - own, wanted)
+        addresses.choose_address(network, (m.store.addresses(network) | addresses_of_strangers(m)) - own, wanted)
 
 
 def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
@@ -73,7 +75,7 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
     device = devices.get("eth0", {})
     network = find_or_make(m, jail.tenant, device.get("network", DEFAULT))
     with m.store.transaction():
-        taken = m.store.addresses(network) - {nic.ipv4 for nic in jail.nics}
+        taken = (m.store.addresses(network) | addresses_of_strangers(m)) - {nic.ipv4 for nic in jail.nics}
         ipv4, ipv6 = addresses.choose_address(network, taken, device.get("ipv4.address"))
         nic = Nic(
             name="eth0",
@@ -88,10 +90,14 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
 
 
 def up(m: Manager, jail: Jail) -> None:
-    """The host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent."""
-    with m.network_lock:
+    """The host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
+
+    Where it fails, the ports that were claimed are given back, and no other's.
+    """
+    with m.network_lock, ExitStack() as undo:
         for port in ports_of(jail):
             _claim_port(m, port)
+            undo.callback(unpublish_port, m, jail, port)
         shaped = shaping.up(m, jail)
         for nic in jail.nics:
             network = _of(m, jail, nic)
@@ -113,6 +119,7 @@ def up(m: Manager, jail: Jail) -> None:
             m.networks_up.add(network.id)
             if fresh or not dns.is_served(m.root, network):
                 dns.ensure_dns(m.root, network, _names(m, network))
+        undo.pop_all()
 
 
 def unpublish(m: Manager, jail: Jail) -> None:
@@ -123,9 +130,12 @@ def unpublish(m: Manager, jail: Jail) -> None:
 
 
 def publish_port(m: Manager, jail: Jail, port: Port) -> None:
-    """Lead a port of the host to a running jail. JailmgrError `conflict` where another instance has it."""
-    _claim_port(m, port)
-    firewall.publish(m.root, port, jail.nics[0])
+    """Lead a port of the host to a running jail. JailmgrError `conflict` where another jail or instance has it."""
+    with ExitStack() as undo:
+        _claim_port(m, port)
+        undo.callback(unpublish_port, m, jail, port)
+        firewall.publish(m.root, port, jail.nics[0])
+        undo.pop_all()
 
 
 def unpublish_port(m: Manager, jail: Jail, port: Port) -> None:
@@ -182,7 +192,8 @@ def refresh_names(m: Manager, network: Network) -> None:
 def apply_firewall(m: Manager, also: Jail | None = None) -> None:
     """Replace all of our rules: every jail's addresses, and the ports of those that run (and of `also`).
 
-    Addresses of stopped ones too: a restart policy may bring a jail back with nobody to add them.
+    Addresses of stopped ones too: a restart policy may bring a jail back with nobody to add them. Jails that run and
+    that the store does not know keep their network.
     """
     networks = {(network.tenant, network.name): network for network in m.store.networks()}
     ports: list[tuple[Network, Nic]] = []
@@ -193,7 +204,11 @@ def apply_firewall(m: Manager, also: Jail | None = None) -> None:
         if jail.nics and ((also and jail.id == also.id) or read_state(m.root, jail.tenant, jail.name)):
             published += [(port, jail.nics[0]) for port in ports_of(jail)]
     shaped = shaping.shaped_veths(m, jails)
-    firewall.apply_all(m.root, list(networks.values()), ports, published, shaped)
+    strange = published_by_strangers(m)
+    ports += [(network, nic) for network, nic, _ in strange]
+    published += [(port, nic) for _, nic, found in strange for port in found]
+    bridges = {network.id: network for network in [*networks.values(), *(network for network, _, _ in strange)]}
+    firewall.apply_all(m.root, list(bridges.values()), ports, published, shaped)
 
 
 def take_down(m: Manager) -> None:

@@ -16,6 +16,7 @@ from jailmgr.key_checks import parse_bool
 from jailmgr.keys import Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
+from jailmgr.manager.kept import keep
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
@@ -172,6 +173,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         oom_score_adj=image.recipe.oom_score_adj,
         lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
+        store=keep(m, jail),
     )
 
 
@@ -200,6 +202,7 @@ def nic_plan(root: Root, network: Network, nic: Nic, shape: Mapping[str, tuple[s
 
 def write_bundle(m: Manager, jail: Jail) -> str:
     """Compile and save the jail's config.json; returns its directory. A running jail reads it when it reboots."""
+    m.check_known(jail.tenant, jail.name)
     directory = m.root.jail_lib(jail.tenant, jail.name)
     bundle = compile_bundle(make_plan(m, jail))
     # Replacing a file costs a start some milliseconds of the host's disk; most starts are as the last one.

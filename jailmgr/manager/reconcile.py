@@ -20,7 +20,11 @@ from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
+from jailmgr.manager.kept import read as read_kept
+from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.pinning import follow_pin
+from jailmgr.manager.ports import ports_of
+from jailmgr.manager.strangers import meet_strangers
 from jailmgr.manager.totals import renew_totals
 from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import is_up, running
@@ -28,25 +32,27 @@ from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.state import all_up, jails_up, supervisor_process
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import reap
-from jailmgr.store import READY, RENAMING
+from jailmgr.store import CREATING, READY, RENAMING, Row
 
 log = logging.getLogger(__name__)
 
 
 def reconcile(m: Manager) -> None:
-    """Bring what is there and what the store says together. One thing that fails is logged, and the rest goes on."""
-    _claim_again(m)
+    """Bring what is there and what the store says together. One thing that fails is logged, and the rest goes on.
+
+    Raises JailmgrError where the store was lost.
+    """
     if is_made(m.root):
         attempt("the pool", lambda: m.pool)
+    meet_strangers(m)
+    _claim_again(m)
     if m.pool_if_open is not None:
         attempt("what was deleted", partial(reap, m.pool))
         attempt("builds", partial(_remove_builds, m))
         attempt("images", partial(_compare_images, m))
     for row in m.store.rows():
-        if row.state == RENAMING:
-            attempt(f"renaming {row.jail.name}", partial(finish_rename, m, row))
-        elif row.state != READY:
-            attempt(f"deleting {row.jail.name}", partial(finish_delete, m, row.jail, row.next))
+        if row.state != READY:
+            attempt(f"jail {row.jail.name}, {row.state}", partial(_finish, m, row))
     alive = [jail for jail in m.store.jails() if is_up(m, jail)]
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
@@ -60,7 +66,9 @@ def reconcile(m: Manager) -> None:
     for jail in alive:
         if not running(m, jail):
             attempt(f"the ports of {jail.name}", partial(networks.follow, m, jail.tenant, jail.name))
-    attempt("lxcfs", partial(lxcfs.settle, m, bool(alive)))
+    attempt("lxcfs", partial(lxcfs.settle, m, bool(all_up(m.root))))
+    if not m.store.fact("kept"):
+        attempt("what config.json files keep of the store", partial(_keep_all, m))
 
 
 def take_down(m: Manager) -> None:
@@ -85,6 +93,27 @@ def attempt(what: str, do: Callable[[], object]) -> None:
         do()
     except (JailmgrError, OSError) as error:
         log.error("%s: %s", what, error)
+
+
+def _finish(m: Manager, row: Row) -> None:
+    """Go on with what a row announces.
+
+    A jail in state `creating` that has its config.json is whole, and may have run: the row is of an older store.
+    """
+    kept = read_kept(m.root, row.jail.tenant, row.jail.name).kept
+    if row.state == RENAMING:
+        finish_rename(m, row)
+    elif row.state == CREATING and kept is not None and kept.jail.id == row.jail.id:
+        m.store.take_back(kept.jail, kept.tenant, kept.networks, ports_of(kept.jail))
+    else:
+        finish_delete(m, row.jail, row.next)
+
+
+def _keep_all(m: Manager) -> None:
+    """Once, for jails that a release before wrote the config.json of."""
+    for jail in m.store.jails():
+        attempt(f"config.json of {jail.name}", partial(renew_kept, m, jail))
+    m.store.set_fact("kept", "1")
 
 
 def _is_watched(m: Manager, tenant: str) -> bool:

@@ -12,7 +12,7 @@ from jailmgr.manager.pinning import forget_pin
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
 from jailmgr.manager.totals import ensure_totals
-from jailmgr.manager.view import running
+from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach
 
@@ -52,9 +52,8 @@ def boot(m: Manager, jail: Jail) -> None:
     claim_uid(m, jail.tenant)
     jail = claim_idmap(m, jail)
     with ExitStack() as undo:
-        undo.callback(networks.unpublish, m, jail)
-        undo.callback(forget_pin, m, jail.tenant, jail.name)
         networks.up(m, jail)
+        undo.callback(_give_back, m, jail)
         lxcfs.up(m)
         if m.watcher is not None:
             m.watcher.watch(jail.tenant)
@@ -69,6 +68,13 @@ def boot(m: Manager, jail: Jail) -> None:
         m.watcher.hold(supervisor, jail.tenant)
     else:
         supervisor.close()
+
+
+def _give_back(m: Manager, jail: Jail) -> None:
+    """Ports and CPUs of a jail that could not be started; not of one that its supervisor has started meanwhile."""
+    if not is_up(m, jail):
+        forget_pin(m, jail.tenant, jail.name)
+        networks.unpublish(m, jail)
 
 
 def _supervisor(m: Manager, tenant: str) -> attach.Supervisor:

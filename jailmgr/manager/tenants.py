@@ -16,9 +16,11 @@ from jailmgr.errors import JailmgrError
 from jailmgr.keys import check_name
 from jailmgr.manager.admission import admit_totals
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.networks import claim_key, take_down_one
 from jailmgr.manager.plan import tenant_limits
 from jailmgr.manager.shaping import apply_tenant_rates, take_down_tenant
+from jailmgr.manager.strangers import check_tenant_free
 from jailmgr.manager.totals import change_totals, group_of, rewrite_bundles
 from jailmgr.model import Tenant
 from jailmgr.network.shaping import rates_of
@@ -55,6 +57,7 @@ def create_tenant(m: Manager, name: str, config: dict[str, str]) -> Tenant:
     check_name(name, "tenant")
     if m.store.find_tenant(name) is not None:
         raise JailmgrError(f"tenant {name}", "there is one of that name already", "", "exists")
+    check_tenant_free(m, name)
     _check(m, Tenant(0, name, 0.0, 0, config))
     return m.store.add_tenant(name, config, claims.claim_uid(m.root, name))
 
@@ -84,13 +87,20 @@ def set_tenant(m: Manager, name: str, changes: Mapping[str, str | None]) -> Tena
             undo.callback(rewrite_bundles, m, new, old)
             if rates := rates_of(old.config) != rates_of(new.config):
                 undo.callback(apply_tenant_rates, m, name)
+            undo.callback(_renew_kept, m, name)
             undo.callback(m.store.set_tenant_config, name, old.config)
             change_totals(m, old, new, undo)
+            _renew_kept(m, name)
             rewrite_bundles(m, old, new)
             if rates:
                 apply_tenant_rates(m, name)
             undo.pop_all()
     return new
+
+
+def _renew_kept(m: Manager, name: str) -> None:
+    for jail in m.store.jails(name):
+        renew_kept(m, jail)
 
 
 def _check(m: Manager, tenant: Tenant) -> None:
@@ -110,6 +120,7 @@ def delete_tenant(m: Manager, name: str) -> None:
     tenant = m.store.tenant(name)
     if m.store.rows(name):
         raise JailmgrError(f"tenant {name}", "it has jails", "Delete them first.", "conflict")
+    check_tenant_free(m, name)
     networks = m.store.networks(name)
     for network in networks:
         take_down_one(m, network)

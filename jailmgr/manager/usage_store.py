@@ -12,10 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import msgspec
 
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.manager.metering import FIELDS, HOUR, Addition, Amounts, JailUsage, Subject, Track, UsageRecord, spread
@@ -76,16 +79,16 @@ class UsageStore:
             return
         try:
             self._db = _open_checked(self.path)
-        except sqlite3.OperationalError as error:
-            raise self._unavailable(error) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, UnicodeError) as error:
+            if not _is_damage(self.path, error):
+                raise self._unavailable(error) from error
             try:
                 aside = _set_aside(self.path)
                 log.error("usage %s can't be read (%s): set aside as %s, and begun anew", self.path, error, aside)
                 self._db = _open_checked(self.path)
             except OSError as failed:
                 raise from_os(f"usage {self.path}", failed) from failed
-            except sqlite3.Error as failed:
+            except (sqlite3.Error, UnicodeError) as failed:
                 raise self._unavailable(failed) from failed
 
     def close(self) -> None:
@@ -177,7 +180,7 @@ class UsageStore:
         assert self._db is not None
         try:
             yield self._db
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, OverflowError, UnicodeError) as error:
             self.close()
             raise self._unavailable(error) from error
         except BaseException:
@@ -191,7 +194,9 @@ class UsageStore:
 
 
 def _open_checked(path: str) -> sqlite3.Connection:
-    """Raises sqlite3.OperationalError where the host can't, another DatabaseError where the file is not good."""
+    """Raises sqlite3.Error, UnicodeError; `_is_damage` says whether of the file or of the host."""
+    if not _is_file(path):
+        raise sqlite3.DatabaseError("it is not a file")
     db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     try:
         os.chmod(path, 0o600)
@@ -205,11 +210,44 @@ def _open_checked(path: str) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(f"it is none of version {VERSION}")
         found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise sqlite3.DatabaseError(found)
+            raise sqlite3.DatabaseError(" ".join(found.split()))
+        try:
+            for _, *track in db.execute("SELECT * FROM tracks"):
+                msgspec.convert(track, Track)
+        except msgspec.ValidationError as error:
+            raise sqlite3.DatabaseError(str(error)) from error
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is a file, or not there. Opening a FIFO would wait for a writer."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def _is_damage(path: str, error: Exception) -> bool:
+    """Whether the file is at fault, which another one cures; a full disk or a lock is the host's trouble and passes."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return True
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):
+        return True
+    if code not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
+        return False
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                continue
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _set_aside(path: str) -> str:

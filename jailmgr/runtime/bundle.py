@@ -58,6 +58,8 @@ class Plan(NamedTuple):
     """Where an lxcfs is mounted, if one is when the jail starts; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
+    store: str = ""
+    """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
 
 
 _MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -105,6 +107,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "seccomp": plan.seccomp,
         "lxcfs": plan.lxcfs,
         "restart": plan.restart,
+        "store": plan.store,
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
     return {

@@ -75,6 +75,11 @@ def identity(h: Hierarchies, cgroup: str) -> int:
         return 0
 
 
+def exists(h: Hierarchies, cgroup: str) -> bool:
+    """Whether the group is there in any hierarchy."""
+    return any(os.path.isdir(f"{mount}/{relative(cgroup)}") for mount in _all(h))
+
+
 def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int, cpus: str | None = None) -> dict[str, str]:
     """Make `ROOT/TENANT/JAIL`, with a payload that `base_uid` (the host uid and gid of the guest's root) may use.
 
@@ -85,7 +90,7 @@ def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int, cpus: str | No
     """
     path = relative(cgroup)
     try:
-        if any(os.path.isdir(f"{mount}/{path}") for mount in _all(h)):
+        if exists(h, cgroup):
             remove(h, cgroup, timeout=0)
         for mount in h.mounts:
             _make(f"{mount}/{path}")

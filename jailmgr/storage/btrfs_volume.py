@@ -24,8 +24,11 @@ _MARK = re.compile(r"(\d{1,5})-(\d{1,15})\Z", re.ASCII)
 
 
 def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None) -> None:
-    """As VolumeKind."""
+    """As VolumeKind. JailmgrError `conflict` where another's files are in the jail's group."""
     jail_group, tenant_group = btrfs.group(JAIL_LEVEL, jail_id), btrfs.group(TENANT_LEVEL, tenant_id)
+    if btrfs.group_usage(pool.uuid, jail_group):
+        hint = "`jailmgr doctor` names volumes of jails that the store does not know."
+        raise JailmgrError(f"volume {path}", f"quota group {btrfs.told(jail_group)} is in use", hint, "conflict")
     with ExitStack() as undo:
         undo.callback(delete_volume, pool, path, jail_id)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)

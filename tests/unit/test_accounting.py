@@ -73,7 +73,7 @@ def _hierarchies(root: Root) -> Hierarchies:
 
 
 def _accountant(root: Root, store: Store) -> Accountant:
-    m = SimpleNamespace(root=root, store=store, pool_if_open=None, hierarchies=_hierarchies(root))
+    m = SimpleNamespace(strangers={}, root=root, store=store, pool_if_open=None, hierarchies=_hierarchies(root))
     return Accountant(cast(Manager, m))
 
 
@@ -114,7 +114,9 @@ def begin() -> Iterator[Begin]:
 
 
 def test_its_thread_has_the_store_copied(host: Host) -> None:
-    m = SimpleNamespace(root=host.root, store=host.store, pool_if_open=None, hierarchies=_hierarchies(host.root))
+    m = SimpleNamespace(
+        strangers={}, root=host.root, store=host.store, pool_if_open=None, hierarchies=_hierarchies(host.root)
+    )
     accountant = Accountant(cast(Manager, m), every=0.01)
     accountant.start()
     try:
@@ -269,20 +271,20 @@ def test_a_span_that_ends_before_it_begins_is_refused(host: Host) -> None:
 
 
 def test_a_store_that_cant_be_written_keeps_no_jail_from_going(host: Host, caplog: pytest.LogCaptureFixture) -> None:
-    os.mkdir(host.root.usage)
+    os.rename(host.root.lib, f"{host.root.lib}.away")
     host.accountant.settle(host.jail)
     assert "could not be counted" in caplog.text
 
 
 def test_the_thread_samples_until_it_is_stopped(host: Host, begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
     """What goes wrong in one sample, it tries again in the next."""
-    os.mkdir(host.root.usage)
     host.begin(begin(), 5_000)
+    os.rename(host.root.lib, f"{host.root.lib}.away")
     accountant = Accountant(host.accountant._m, every=0.01)
     with caplog.at_level(logging.ERROR):
         accountant.start()
         _until(lambda: "could not be sampled" in caplog.text)
-    os.rmdir(host.root.usage)
+    os.rename(f"{host.root.lib}.away", host.root.lib)
     _until(lambda: os.path.isfile(host.root.usage))
     accountant.stop()
     accountant.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,14 @@ def _newer(path: Path) -> None:
     db.close()
 
 
-@pytest.mark.parametrize("damage", [_garbage, _torn, _newer])
+def _text_for_number(path: Path) -> None:
+    db = sqlite3.connect(path)
+    db.execute("UPDATE tracks SET cpu_ns = 'many'")
+    db.commit()
+    db.close()
+
+
+@pytest.mark.parametrize("damage", [_garbage, _torn, _newer, _text_for_number])
 def test_a_file_that_cant_be_read_is_set_aside(
     store: UsageStore, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -167,6 +175,38 @@ def test_a_file_that_cant_be_read_is_set_aside(
     store.close()
     assert told(store) == {"acme/web": 7}
     assert not caplog.text
+
+
+def test_a_directory_in_its_place_is_set_aside(store: UsageStore, caplog: pytest.LogCaptureFixture) -> None:
+    path = Path(store.path)
+    path.mkdir()
+    (path / "kept").touch()
+    with caplog.at_level(logging.ERROR):
+        store.write({}, [cpu(WEB, 0, 60, 7)])
+    assert "set aside" in caplog.text
+    assert told(store) == {"acme/web": 7}
+    (aside,) = list(path.parent.glob("usage.db.*T*Z"))
+    assert os.listdir(aside) == ["kept"]
+
+
+def test_a_fifo_in_its_place_is_set_aside(store: UsageStore) -> None:
+    os.mkfifo(store.path)
+    store.write({}, [cpu(WEB, 0, 60, 7)])
+    assert told(store) == {"acme/web": 7}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_scattered_bad_bytes_never_stop_the_accounting(store: UsageStore, seed: int) -> None:
+    store.write({number: Track("boot", 1.0) for number in range(50)}, [cpu(WEB, 0, 60, 5), cpu(DB, 60, 120, 5)])
+    store.close()
+    chance, path = random.Random(seed), Path(store.path)
+    content = bytearray(path.read_bytes())
+    for _ in range(chance.choice([1, 5, 50])):
+        content[chance.randrange(100, len(content))] = chance.randrange(256)
+    path.write_bytes(content)
+    assert all(isinstance(track.cpu_ns, int) for track in store.tracks().values()), seed
+    store.write({7: Track("boot", 2.0)}, [cpu(WEB, 120, 180, 7)])
+    assert store.tracks()[7].at == 2.0
 
 
 def test_a_log_left_by_a_crash_is_not_played_into_the_new_file(store: UsageStore) -> None:

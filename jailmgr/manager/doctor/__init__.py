@@ -13,6 +13,7 @@ from jailmgr.manager.doctor import host
 from jailmgr.manager.doctor.check import Check, check
 from jailmgr.manager.doctor.firewall import firewall_checks
 from jailmgr.manager.doctor.kernel import cgroup_checks, kernel_checks
+from jailmgr.manager.strangers import refuse_blank_store, refuse_store_without_jails
 from jailmgr.storage.pool import MIN_SIZE, host_headroom, is_made
 from jailmgr.store import Store
 from jailmgr.units import format_size
@@ -45,10 +46,13 @@ def doctor(root: Root) -> list[Check]:
     return found
 
 
-def fix(root: Root) -> list[str]:
-    """Mend what is safe to: what a crash left, and sysctls that are too low; a line for each. Raises JailmgrError."""
+def fix(root: Root, adopt: bool = False) -> list[str]:
+    """Mend what is safe to: what a crash left, and sysctls that are too low; a line for each. Raises JailmgrError.
+
+    `adopt`: take jails back into the store that it does not know.
+    """
     try:
-        return [*(f"removed {what}" for what in leftovers.fix(root)), *host.raise_sysctls()]
+        return [*leftovers.fix(root, adopt), *host.raise_sysctls()]
     except OSError as error:
         raise JailmgrError("doctor --fix", str(error)) from error
 
@@ -73,11 +77,13 @@ def _disk(root: Root) -> list[Check]:
 
 
 def _store(root: Root) -> list[Check]:
+    store = Store(root.store)
+    refuse_blank_store(root, store)
     if not os.path.exists(root.store):
         return [check("store", True, "none yet")]
-    store = Store(root.store)
     store.open_to_read()
     try:
+        refuse_store_without_jails(root, store)
         return [check("store", True, f"{len(store.rows())} jails, {len(store.images())} images")]
     finally:
         store.close()
@@ -90,6 +96,7 @@ def _leftovers(root: Root) -> list[Check]:
     remedies = ["jailmgr doctor --fix removes what a crash left."] if any(not one.kept for one in found) else []
     if any(one.kept for one in found):
         remedies.append(
-            "A jail's directory or volume stays: its row may have been lost with the store. rm is yours to say."
+            "A jail that the store does not know may be one whose row was lost: jailmgr engine stop, then"
+            " jailmgr doctor --fix --adopt takes it back. To remove it is for you to decide."
         )
     return [check("leftovers", not found, detail, " ".join(remedies))]

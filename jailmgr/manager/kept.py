@@ -1,0 +1,86 @@
+"""What a jail's config.json keeps of the store: enough to take the jail back where its row was lost.
+
+An annotation beside those of the bundle, written with it, and again whenever the row changes while the jail is stopped.
+Only this module and manager/strangers.py read it; the supervisor does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+import msgspec
+
+from jailmgr.config import Root
+from jailmgr.manager.host import Manager
+from jailmgr.model import Jail, Network, Tenant
+from jailmgr.runtime.bundle import CONFIG, save_bundle
+from jailmgr.runtime.jsonfile import read_json
+from jailmgr.runtime.plainfile import read_bytes
+
+ANNOTATION = "org.jailmgr.store"
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A jail's row, its tenant's and those of its networks."""
+
+    jail: Jail
+    tenant: Tenant
+    networks: list[Network]
+
+
+class _Annotations(msgspec.Struct):
+    store: str = msgspec.field(name=ANNOTATION, default="")
+    nics: str = msgspec.field(name="org.jailmgr.nics", default="[]")
+
+
+class _Config(msgspec.Struct):
+    annotations: _Annotations
+
+
+class OnDisk(msgspec.Struct, frozen=True):
+    """What a config.json says of whose it is. `id` is None where it can't be known."""
+
+    id: int | None = None
+    kept: Kept | None = None
+
+
+def keep(m: Manager, jail: Jail) -> str:
+    """The annotation of a jail, as JSON."""
+    networks = [m.store.find_network(jail.tenant, name) for name in {nic.network for nic in jail.nics}]
+    kept = Kept(jail, m.store.tenant(jail.tenant), [network for network in networks if network is not None])
+    return msgspec.json.encode(kept).decode()
+
+
+def renew(m: Manager, jail: Jail) -> None:
+    """Write the annotation of a jail whose row has changed; nothing where it has no config.json. Raises OSError."""
+    directory = m.root.jail_lib(jail.tenant, jail.name)
+    config = read_json(f"{directory}/{CONFIG}")
+    if config is not None and config.get("annotations", {}).get(ANNOTATION) != (kept := keep(m, jail)):
+        config["annotations"][ANNOTATION] = kept
+        save_bundle(directory, config)
+
+
+def read(root: Root, tenant: str, name: str) -> OnDisk:
+    """Whose the config.json in the directory of that name is.
+
+    One of a release before the annotation names the jail's id by its interface, `PREFIXvID` (network/bridge.py).
+    """
+    try:
+        config = msgspec.json.decode(read_bytes(f"{root.jail_lib(tenant, name)}/{CONFIG}"), type=_Config)
+    except (OSError, msgspec.MsgspecError, UnicodeError):
+        return OnDisk()
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
+        kept = msgspec.json.decode(config.annotations.store, type=Kept)
+        if kept.jail.tenant == tenant:
+            return OnDisk(kept.jail.id, kept)
+    return OnDisk(_id_of_veth(root, config.annotations.nics))
+
+
+def _id_of_veth(root: Root, nics: str) -> int | None:
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
+        for nic in msgspec.json.decode(nics, type=list[dict[str, Any]]):
+            if found := re.fullmatch(f"{re.escape(root.link_prefix)}v([0-9a-f]+)", str(nic.get("veth"))):
+                return int(found[1], 16)
+    return None
