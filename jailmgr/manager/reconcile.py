@@ -126,6 +126,8 @@ def _watch_over(m: Manager, tenant: str) -> None:
     if supervisor_process(m.root, tenant) is None:
         log.info("tenant %s has no supervisor: a new one adopts its jails", tenant)
         attach.connect(m.root, tenant).close()
+        if m.watcher is not None:
+            m.watcher.watch(tenant)  # once more: before, there was no supervisor to watch
     else:
         renew_supervisor(m.root, tenant)
 

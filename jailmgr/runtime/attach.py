@@ -160,6 +160,9 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
             sock = _try(run)
             if sock is not None:
                 return Supervisor(root, tenant, sock)
+            from jailmgr.runtime.orphans import end_orphans
+
+            end_orphans(run)
             _start(root, run)
             sock = _try(run)
             if sock is not None:
@@ -211,6 +214,9 @@ def _try(run: str) -> _socket.socket | None:
         return None
     except BlockingIOError:
         raise silent(os.path.basename(run)) from None
+    if not protocol.listener_lives(sock):
+        sock.close()
+        return None
     try:
         sock.settimeout(ANSWER_SECONDS)
         protocol.send(sock, {"v": protocol.VERSION, "op": "hello"})
