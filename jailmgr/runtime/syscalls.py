@@ -138,7 +138,7 @@ _quotactl_fd = _declare("syscall", c_long, c_int, c_uint, c_uint, c_void_p)
 _pivot_root = _declare("syscall", c_long, c_char_p, c_char_p)
 _bpf = _declare("syscall", c_long, c_int, c_char_p, c_uint)
 _keyctl = _declare("syscall", c_long, c_int, c_void_p)
-_ptrace = _declare("syscall", c_long, c_long, c_long, c_long, c_long)
+_ptrace = _declare("ptrace", c_long, c_int, c_void_p, c_void_p)
 _prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _set_name = _declare("prctl", c_int, c_char_p)
 
@@ -329,7 +329,7 @@ def quotactl_fd(fd: int, command: int, number: int, argument: int) -> None:
 def detach_tracee(pid: int, signal_number: int) -> None:
     """Let go of a process that made us its tracer and has stopped, with a signal or 0 (ptrace(2)); fine if it ended."""
     try:
-        _check(_ptrace(number("ptrace"), PTRACE_DETACH, pid, 0, signal_number), "ptrace", str(pid))
+        _check(_ptrace(PTRACE_DETACH, pid, None, signal_number), "ptrace", str(pid))
     except ProcessLookupError:
         return
 
