@@ -17,6 +17,7 @@ from jailmgr.manager.view import NetworkView
 from jailmgr.model import Jail, Network, Nic, Port
 from jailmgr.network import addresses, bridge, dns, firewall
 from jailmgr.network.nft import NftError
+from jailmgr.runtime import netlink
 from jailmgr.runtime.state import read_state
 
 DEFAULT = "default"
@@ -88,7 +89,10 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
 
 
 def up(m: Manager, jail: Jail) -> None:
-    """The host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent."""
+    """Make the host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
+
+    A jail that runs may have been started by an older release: its port gets what a new one is given.
+    """
     with m.network_lock:
         for port in ports_of(jail):
             _claim_port(m, port)
@@ -99,6 +103,7 @@ def up(m: Manager, jail: Jail) -> None:
             if fresh:
                 claim(m, network)
                 bridge.ensure_network(m.root, network)
+            netlink.hold_port(nic.veth, nic.mac)
             if fresh:
                 apply_firewall(m, also=jail)
             else:

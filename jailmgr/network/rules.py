@@ -47,6 +47,9 @@ CHAINS: dict[str, dict[str, tuple[str, str, int] | None]] = {
     "bridge": {
         # Before br_netfilter's own hook (NF_BR_PRI_BRNF, 0) makes IP packets of frames.
         "prerouting": ("filter", "prerouting", -300),
+        # Frames to 01:80:c2:00:00:0X, which no bridge forwards, come by no other hook, and those to …:0E by none at all
+        # (br_handle_frame of net/bridge): runtime/netlink.py and the `raw` chain hold these.
+        "input": ("filter", "input", -300),
         "arp_from_jail": None,
         "ipv4_from_jail": None,
         "ipv6_from_jail": None,
@@ -75,12 +78,13 @@ def frame(root: Root) -> list[Json]:
             at = {} if hook is None else dict(zip(("type", "hook", "prio"), hook, strict=True)) | {"policy": "accept"}
             commands.append({"add": {"chain": table | {"name": name} | at}})
         commands.append({"flush": {"table": {"family": family, "name": root.table}}})
-        rules = _inet(f"{root.link_prefix}b*") if family == "inet" else _bridge(f"{root.link_prefix}v*")
+        ports = f"{root.link_prefix}v*"
+        rules = _inet(f"{root.link_prefix}b*", ports) if family == "inet" else _bridge(ports)
         commands += [{"add": {"rule": table | {"chain": chain, "expr": list(expr)}}} for chain, expr in rules]
     return commands
 
 
-def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
+def _inet(ours: str, ports: str) -> list[tuple[str, tuple[Json, ...]]]:
     from_jail, to_jail = _is(_meta("iifname"), ours), _is(_meta("oifname"), ours)
     not_from_jail, not_to_jail = _is(_meta("iifname"), ours, "!="), _is(_meta("oifname"), ours, "!=")
     to_bridge = _is({"fib": {"result": "type", "flags": ["daddr", "iif"]}}, "local")
@@ -106,6 +110,8 @@ def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         # A jail that asks for its neighbour by the host's address must get the answer by way of the host.
         ("postrouting", (from_jail, to_jail, published, {"masquerade": None})),
         ("postrouting", (to_jail, _is(_payload("ip", "saddr"), loopback4), {"masquerade": None})),
+        # A bridge hands on what it has received as its own; a packet that comes by a port itself has passed no rule.
+        ("raw", (_is(_meta("iifname"), ports), _DROP)),
         ("raw", (not_from_jail, _ACCEPT)),
         ("raw", (_is(_payload("ip", "daddr"), loopback4), _DROP)),
         ("input", (not_from_jail, _ACCEPT)),
@@ -126,6 +132,7 @@ def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
 
 
 def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
+    link_local = _is({"&": [_payload("ether", "daddr"), "ff:ff:ff:ff:ff:f0"]}, "01:80:c2:00:00:00")
     families = {"arp": "arp_from_jail", "ip": "ipv4_from_jail", "ip6": "ipv6_from_jail"}
     jumps = {"set": [[family, {"jump": {"target": chain}}] for family, chain in families.items()]}
     unspecified6 = _is(_payload("ip6", "saddr"), "::")
@@ -140,6 +147,7 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("prerouting", (_not_own(_payload("ether", "saddr"), "macs"), _DROP)),
         ("prerouting", ({"vmap": {"key": _payload("ether", "type"), "data": jumps}},)),
         ("prerouting", (_DROP,)),
+        ("input", (_is(_meta("iifname"), ours), link_local, _DROP)),
         ("arp_from_jail", (_not_own(_payload("arp", "saddr ether"), "macs"), _DROP)),
         # An ARP probe (RFC 5227, 2.1.1) tells of no address.
         (
