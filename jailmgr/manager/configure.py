@@ -58,6 +58,9 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
+            if networks.connections_of(old) != networks.connections_of(new):
+                undo.callback(networks.limit_connections, m, old)
+                networks.limit_connections(m, new)
             undo.pop_all()
     return waiting(old, new) if runs else []
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,10 +136,10 @@ def test_no_command_line_of_ours_is_shown(program: Guest, tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def instance(new_instance: Callable[[], Instance]) -> Iterator[Instance]:
+def instance(new_instance: Callable[[], Instance]) -> Instance:
     made = new_instance()
     made("launch", "busybox", "first", within=300)
-    yield made
+    return made
 
 
 _STUBBORN = "trap '' TERM INT HUP PWR USR1 USR2 WINCH; while :; do sleep 1000 & wait; done"
