@@ -12,6 +12,7 @@ import os
 import shutil
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.cgroup_bounds import tasks_max
 from jailmgr.runtime.cgroup_hierarchies import SLICE, SYSTEMD, discover, relative, write
 
 _LEAF = ".supervisors"
@@ -36,7 +37,9 @@ def begin(root_name: str, argv: list[str]) -> list[str]:
     if program is None:
         raise JailmgrError("supervisor", "this host runs systemd, but has no systemd-run", "", "unavailable")
     # Jails are stopped one by one before the scope is, where the host goes down (jailmgr-autostart.service).
+    # TasksMax: systemd's own default for a scope is 15 % of the host's, for all jails together.
     properties = ["Delegate=yes", "Description=Jails of jailmgr", "Before=jailmgr-autostart.service"]
+    properties.append(f"TasksMax={tasks_max()}")
     options = ["--scope", "--quiet", "--collect", f"--unit={root_name}.scope", f"--slice={SLICE}"]
     return [program, *options, *(f"--property={text}" for text in properties), "--", *argv]
 
