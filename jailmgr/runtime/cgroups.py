@@ -26,6 +26,7 @@ from jailmgr.runtime.cgroup_cpuset import host_cpus as host_cpus
 from jailmgr.runtime.cgroup_cpuset import make_cpuset
 from jailmgr.runtime.cgroup_hierarchies import SYSTEMD, read, relative, write
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies as Hierarchies
+from jailmgr.runtime.cgroup_hierarchies import directory as directory
 from jailmgr.runtime.cgroup_hierarchies import discover as discover
 from jailmgr.runtime.cgroup_hierarchies import not_writable as not_writable
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES as DEFAULT_DEVICES
@@ -67,20 +68,31 @@ def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
             os.makedirs(f"{mount}/{relative(f'{root_name}/{tenant}')}", 0o755, exist_ok=True)
         for mount in h.others.values():
             _try_make(f"{mount}/{relative(f'{root_name}/{tenant}')}")
+        root_group(h, root_name)
         if h.unified:
-            top = f"{h.unified}/{relative(root_name)}"
-            if not SYSTEMD:
-                _enable(h, h.unified)
-                _make(top)
-            _enable(h, top)
-            hold(top, "cgroup.max.descendants", ALL_GROUPS)
             group = f"{h.unified}/{relative(f'{root_name}/{tenant}')}"
             _make(group)
             _enable(h, group)
             hold(group, "cgroup.max.descendants", TENANT_GROUPS)
-        hold_processes(h, root_name)
     except OSError as error:
         raise _failed(f"cgroup {root_name}/{tenant}", error) from error
+
+
+def root_group(h: Hierarchies, root_name: str) -> None:
+    """Make `ROOT`, and hold all jails together to the bounds of runtime/cgroup_bounds.py. Raises OSError.
+
+    With systemd it is the scope, which is there.
+    """
+    if h.unified:
+        top = f"{h.unified}/{relative(root_name)}"
+        if not SYSTEMD:
+            _enable(h, h.unified)
+            _make(top)
+        _enable(h, top)
+        hold(top, "cgroup.max.descendants", ALL_GROUPS)
+    if "pids" in h.v1:
+        os.makedirs(f"{h.v1['pids']}/{relative(root_name)}", 0o755, exist_ok=True)
+    hold_processes(h, root_name)
 
 
 def identity(h: Hierarchies, cgroup: str) -> int:

@@ -54,16 +54,17 @@ def _run(argv: list[str]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(argv[0], argv, {"PATH": _PATH}), 0)[1])
 
 
-def begin_apart(description: str, argv: list[str]) -> list[str]:
+def begin_apart(description: str, argv: list[str], *properties: str) -> list[str]:
     """`argv`, to be run so that it begins in a scope of its own, outside of the session or service we are in.
 
-    The same where the host has no systemd, or no systemd-run.
+    `properties`: of the scope, as `CPUQuota=50%` (systemd.resource-control(5)). Returns `argv` where the host has no
+    systemd, or no systemd-run.
     """
     program = shutil.which("systemd-run", path=_PATH) if SYSTEMD else None
     if program is None:
         return argv
     options = ["--scope", "--quiet", "--collect", f"--slice={SLICE}", f"--description={description}"]
-    return [program, *options, "--", *argv]
+    return [program, *options, *(f"--property={text}" for text in properties), "--", *argv]
 
 
 def move_apart(unit: str, description: str, pid: int) -> None:
