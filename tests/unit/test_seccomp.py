@@ -115,18 +115,18 @@ LAST_FAMILY = 63
 
 def test_only_families_of_the_list_reach_the_kernel() -> None:
     """Each other one by socket and by socketpair, and with a bit that the kernel does not look at."""
+    pair = (ctypes.c_int * 2)()
+    at = ctypes.addressof(pair)
     others = [family for family in (*range(LAST_FAMILY + 1), 1 << 16, 1 << 31 | 1) if family not in FAMILIES]
 
     def ask() -> list[int]:
         calls = [call("socket", family, 3) for family in others] + [call("socket", 1 << 32 | n, 3) for n in others]
-        return calls + [call("socketpair", family, 1, 0, 0) for family in others]
+        return calls + [call("socketpair", family, 1, 0, at) for family in others]
 
     assert set(under_filter(ask)) == {errno.EAFNOSUPPORT}
     allowed = under_filter(lambda: [call("socket", family, socket.SOCK_RAW) for family in FAMILIES])
     assert errno.EAFNOSUPPORT not in allowed
     # AF_INET has no pairs, and its own word for that.
-    pairs = (ctypes.c_int * 2)()
-    at = ctypes.addressof(pairs)
     assert under_filter(lambda: [call("socketpair", family, 1, 0, at) for family in (1, 2)]) == [0, errno.EOPNOTSUPP]
 
 
