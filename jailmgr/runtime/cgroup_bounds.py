@@ -16,7 +16,8 @@ from __future__ import annotations
 from jailmgr.runtime.cgroup_hierarchies import SYSTEMD, Hierarchies, directory, read, write
 
 JAIL_GROUPS = 256
-"""A Debian with systemd has 20 to 40 groups, a user's session 6 more, a container in it 2 or, with systemd, 20 more."""
+"""Measured: 8 groups in an idle Debian 12, 10 in a Debian 13, and 6 more for each user with a systemd of his own. So a
+guest has room for 20 such users and as many nested containers that boot systemd."""
 TENANT_GROUPS = 32768
 """Half of the memory groups' ids, which 120 jails can use up that all make as many groups as they may."""
 ALL_GROUPS = 57344
