@@ -84,7 +84,11 @@ CONFIG: dict[str, Key] = {
         at_least(1), True, "Bytes of it that are not taken for other jails of the tenant; on cgroup v2."
     ),
     "limits.memory.swap": Key(swap, True, "`false`: no swap; a size: that much; `true`: as the host allows."),
-    "limits.processes": Key(whole(1, 4_194_304), True, "Number of processes and threads."),
+    "limits.processes": Key(
+        whole(1, 4_194_304),
+        True,
+        "Number of processes and threads; where it isn't set, 8192, of which none is promised.",
+    ),
     "restart": Key(
         one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
     ),

@@ -23,7 +23,8 @@ CHECKS = {
     "cgroup pids", "cgroup io", "cgroup devices", "cgroup freezer", "nftables", "protocols", "firewall forward",
     "firewall input", "connection limits", "bridge netfilter", "mkfs.btrfs", "dnsmasq", "debootstrap", "busybox",
     "lxcfs", "fuse", "libnftables", "libseccomp", "AppArmor", "fs.inotify.max_user_instances", "kernel.keys.maxkeys",
-    "kernel.pty.max", "id ranges", "resolver", "disk", "store", "leftovers",
+    "kernel.pty.max", "pressure", "terminals", "processes", "keys", "id ranges", "resolver", "disk", "store",
+    "leftovers",
 }  # fmt: skip
 
 
