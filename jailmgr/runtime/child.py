@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from jailmgr.runtime.session import Session
 
 
+HELD_SECONDS = 5.0
+"""For a tracer in the jail to let go of a program that has ended."""
+
+
 def told(error: JailmgrError) -> dict[str, Any]:
     """An error as an answer."""
     return {"error": error.as_dict()}
@@ -130,9 +134,14 @@ class Child:
         while self._heard():
             pass
         self._loop.forget(self.pidfd)
-        how = self._reaper.collect(self._pid)
+        self._reaper.report(self._pid, self._reaped, HELD_SECONDS)
+
+    def _reaped(self, how: Exit | None) -> None:
         os.close(self.pidfd)
         self.pidfd = -1
+        if how is None:
+            why = "its exit status is not known: a process in the jail traced it"
+            self._failed = self._failed or told(JailmgrError("exec", why))
         self._finish(how)
 
     def _finish(self, how: Exit | None) -> None:

@@ -23,6 +23,7 @@ from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.proc import start_time
+from jailmgr.runtime.reaper import Exit
 from jailmgr.runtime.state import (
     LAST,
     State,
@@ -277,7 +278,17 @@ class Jail:
     def _ended(self) -> None:
         if self.state is None:
             return
-        status = self._wait_status(self.state.pid)
+        if self.ours:
+            self.host.loop.forget(self.pidfd)
+            self.host.reaper.report(self.state.pid, self._reaped_as)
+        else:
+            self._has_ended(self.state, kernel.pidfd_exit_status(self.pidfd))
+
+    def _reaped_as(self, how: Exit | None) -> None:
+        if self.state is not None:
+            self._has_ended(self.state, kernel.pidfd_exit_status(self.pidfd) if how is None else how.wait_status)
+
+    def _has_ended(self, state: State, status: int | None) -> None:
         if status is None and not (self._reaped or self.killed):
             # An adopted init has ended, and its parent of now has not asked yet: its exit code comes with EPOLLHUP.
             self._reaped = True
@@ -287,7 +298,6 @@ class Jail:
         if self._reap_timer is not None:
             self._reap_timer.cancel()
             self._reap_timer = None
-        state = self.state
         killed = status == signal.SIGKILL
         out_of_memory = killed and cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills
         told = ending(status, stopping=self.stopping, ours=self.ours, killed=self.killed, out_of_memory=out_of_memory)
@@ -324,11 +334,6 @@ class Jail:
         self._note_last(told)
         if at_once:
             self._start_again()
-
-    def _wait_status(self, pid: int) -> int | None:
-        """Of an init that has ended (wait(2)): our child, or an adopted one, of which it can't always be known."""
-        how = self.host.reaper.collect(pid) if self.ours else None
-        return kernel.pidfd_exit_status(self.pidfd) if how is None else how.wait_status
 
     def start_later(self, restarts: int) -> None:
         """Start again after a pause that grows with each failure."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
@@ -41,11 +42,12 @@ class Exit(NamedTuple):
 
 
 class Reaper:
-    """Reaps at each SIGCHLD. An owner of a child asks `collect` once the child's pidfd is readable."""
+    """Reaps at each SIGCHLD. An owner of a child asks `collect` or `report` once the child's pidfd is readable."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._exits: dict[int, Exit] = {}
+        self._held: dict[int, Callable[[Exit | None], None]] = {}
         self._last = 0.0
         self._scheduled = False
         self._read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,6 +66,25 @@ class Reaper:
         except ChildProcessError:
             return None
         return Exit(info.si_code, info.si_status) if info is not None and info.si_code in _ENDS else None
+
+    def report(self, pid: int, callback: Callable[[Exit | None], None], within: float | None = None) -> None:
+        """Call `callback` with how a child that has ended ended: at once, or when the child's tracer lets go of it.
+
+        A process that the guest traces is reported to its tracer first, which may keep the zombie (ptrace(2)). None
+        where it is no child of ours, or was kept for `within` seconds.
+        """
+        how = self.collect(pid)
+        if how is not None or not self.has(pid):
+            callback(how)
+            return
+        self._held[pid] = callback
+        if within is not None:
+            self._loop.after(within, lambda: self._give_up(pid, callback))
+
+    def _give_up(self, pid: int, callback: Callable[[Exit | None], None]) -> None:
+        if self._held.get(pid) is callback:
+            del self._held[pid]
+            callback(None)
 
     def has(self, pid: int) -> bool:
         """Whether it is a child of ours that nobody has collected."""
@@ -107,7 +128,10 @@ class Reaper:
         self.look()
 
     def _keep(self, pid: int, how: Exit) -> None:
-        """For its owner, who may not have been called yet; nobody comes for a guest's own."""
+        """Give it to its owner, or keep it for the owner, who may not have been called yet. A guest's own has none."""
+        if (callback := self._held.pop(pid, None)) is not None:
+            callback(how)
+            return
         self._exits.pop(pid, None)
         self._exits[pid] = how
         if len(self._exits) > _KEPT:

@@ -4,6 +4,7 @@
  *   flood     siblings without end
  *   traced    asks its parent to trace it, then waits for a signal
  *   stops     the same, and stops itself again and again
+ *   hold      traces each process that comes by, and never lets go of one that has ended
  *   cmdlines  prints the command line of each process that comes by, for three seconds
  */
 #define _GNU_SOURCE
@@ -74,6 +75,21 @@ int main(int argc, char **argv)
                 ptrace(PTRACE_TRACEME, 0, 0, 0);
                 raise(SIGUSR2);
             }
+        }
+    } else if (!strcmp(mode, "hold")) {
+        puts("made");
+        fflush(stdout);
+        for (int seen[4096] = {0}, at = 0;;) {
+            DIR *proc = opendir("/proc");
+            for (struct dirent *entry; proc && (entry = readdir(proc));) {
+                int pid = atoi(entry->d_name), known = pid < 1 || pid == getpid();
+                for (int i = 0; i < at; i++)
+                    known |= seen[i] == pid;
+                if (!known && at < 4096 && ptrace(PTRACE_SEIZE, pid, 0, 0) == 0)
+                    seen[at++] = pid;
+            }
+            if (proc)
+                closedir(proc);
         }
     } else if (!strcmp(mode, "cmdlines")) {
         for (time_t end = time(0) + 3; time(0) < end;) {

@@ -58,7 +58,7 @@ def test_siblings_of_a_program_are_reaped(program: Guest) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop --force", "stop --timeout 1", "restart --force", "delete --force"])
-@pytest.mark.parametrize("mode", ["make 40", "live 40", "traced", "stops"])
+@pytest.mark.parametrize("mode", ["make 40", "live 40", "traced", "stops", "hold"])
 def test_a_jail_with_siblings_or_tracees_ends_in_seconds(program: Guest, mode: str, how: str) -> None:
     """Process 1 of a pid namespace ends once all others in it were reaped: by the supervisor, whoever made them."""
     with _begin(program, *mode.split()):
@@ -89,6 +89,20 @@ def test_a_program_that_asks_to_be_traced_gets_its_signals(program: Guest, numbe
             assert process.wait(10) == 128 + number
         finally:
             process.kill()
+
+
+def test_a_tracer_in_the_jail_holds_up_nobody(program: Guest, busybox_jail: MakeJail) -> None:
+    """The end of a traced process is reported to its tracer first, which keeps it from the supervisor.
+
+    Mechanism: the supervisor never waits for the end of a child but by its event loop.
+    """
+    jm, other = program.jm, busybox_jail()
+    with _begin(program, "hold"):
+        held = [jm.popen("exec", program.jail, "--", "sleep", "0.3", stdin=subprocess.DEVNULL) for _ in range(3)]
+        for _ in range(5):
+            jm.exec(other, "true", within=5)
+        assert {process.wait(15) for process in held} <= {0, 125}
+        jm("stop", "--force", program.jail, within=20)
 
 
 def test_exit_statuses_are_right_beside_siblings(program: Guest) -> None:
