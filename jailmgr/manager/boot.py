@@ -21,7 +21,7 @@ from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.manager.reconcile import attempt
 from jailmgr.manager.start import boot
 from jailmgr.manager.view import running
-from jailmgr.model import Jail
+from jailmgr.model import Jail, Recipe
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.jsonfile import read_json, write_json
@@ -173,8 +173,11 @@ def _replace_if_hung(root: Root, tenant: str) -> None:
 
 
 def _stop(root: Root, tenant: str, jail: str, config: Config, deadline: float) -> None:
-    bundle = load_bundle(root.jail_lib(tenant, jail))
-    timeout = float(config.get("boot.host_shutdown_timeout", bundle.stop_timeout))
+    try:
+        stop_timeout = load_bundle(root.jail_lib(tenant, jail)).stop_timeout
+    except JailmgrError:
+        stop_timeout = Recipe().stop_timeout  # its config.json is damaged, or gone: it is stopped all the same
+    timeout = float(config.get("boot.host_shutdown_timeout", stop_timeout))
     with attach.connect(root, tenant) as supervisor:
         try:
             left = max(0.0, deadline - time.monotonic())

@@ -199,7 +199,7 @@ def finish_rename(m: Manager, row: Row) -> None:
     if image is not None:
         upper = f"{m.root.volume(old.tenant, name)}/upper"
         replace_files(upper, render_files(m, old, image), render_files(m, new, image))
-        write_bundle(m, new)
+        write_bundle(m, new, stopped=True)
     m.store.set_name(old, name)
     for nic in old.nics:
         network = m.store.find_network(old.tenant, nic.network)

@@ -12,7 +12,7 @@ from jailmgr.errors import JailmgrError, from_os
 from jailmgr.keys import Config, Devices, check_name, fold
 from jailmgr.manager import networks
 from jailmgr.manager.admission import admit, check_restricted, check_source_allowed
-from jailmgr.manager.claiming import claim_idmap
+from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.delete import delete, finish_delete
 from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
@@ -148,7 +148,8 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     if cancelled():
         raise CancelledError(f"jail {jail.name}")
     # Last before the state: a row in state `creating` with its config.json is that of a whole jail (reconcile).
-    write_bundle(m, jail)
+    claim_uid(m, jail.tenant)
+    write_bundle(m, jail, stopped=True)
     m.store.set_state(jail, READY)
     for network in {nic.network for nic in jail.nics}:
         if found := m.store.find_network(jail.tenant, network):

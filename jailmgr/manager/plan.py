@@ -149,8 +149,11 @@ def stop_timeout(jail: Jail, recipe: Recipe) -> int:
     return int(jail.config.get("boot.host_shutdown_timeout", recipe.stop_timeout))
 
 
-def make_plan(m: Manager, jail: Jail) -> Plan:
-    """All that the jail's start depends on. Reads the store; changes only the kept filter and the loaded profile."""
+def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
+    """All that the jail's start depends on. Reads the store; changes only the kept filter and the loaded profile.
+
+    `stopped`: choose no CPUs, which a jail that does not run would keep from others.
+    """
     image = m.store.find_image(jail.image)
     if image is None:
         raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
@@ -175,7 +178,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic, shape) for nic in jail.nics],
-        limits=kernel_limits(m, jail)._replace(cpus=cpus_for(m, jail)),
+        limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
         seccomp=seccomp_filter(m.root),
         apparmor=ensure_profile(m.root),
         oom_score_adj=image.recipe.oom_score_adj,
@@ -208,11 +211,14 @@ def nic_plan(root: Root, network: Network, nic: Nic, shape: Mapping[str, tuple[s
     }
 
 
-def write_bundle(m: Manager, jail: Jail) -> str:
-    """Compile and save the jail's config.json; returns its directory. A running jail reads it when it reboots."""
+def write_bundle(m: Manager, jail: Jail, stopped: bool = False) -> str:
+    """Compile and save the jail's config.json; returns its directory. A running jail reads it when it reboots.
+
+    `stopped`: as make_plan; it is for `cp`, which needs no engine, and for adoption. A start writes it again.
+    """
     m.check_known(jail.tenant, jail.name)
     directory = m.root.jail_lib(jail.tenant, jail.name)
-    bundle = compile_bundle(make_plan(m, jail))
+    bundle = compile_bundle(make_plan(m, jail, stopped))
     # Replacing a file costs a start some milliseconds of the host's disk; most starts are as the last one.
     if read_json(f"{directory}/{CONFIG}") != bundle:
         save_bundle(directory, bundle)

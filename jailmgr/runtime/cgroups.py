@@ -298,6 +298,9 @@ def remove(h: Hierarchies, cgroup: str, timeout: float = 5.0) -> None:
             wait_event(f"{h.unified}/{path}", "populated", 0, deadline)
         else:
             wait_members(h, cgroup, deadline)
+        if members(h, cgroup):
+            # Before the first rmdir(2): the empty groups that a guest has made are part of a jail that runs.
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
         for mount in _all(h):
             _remove_tree(f"{mount}/{path}")
     except OSError as error:

@@ -40,6 +40,8 @@ STUCK = "stuck"
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 KILL_SECONDS = 10.0
 """From SIGKILL to an answer for those who wait, though the jail has not ended."""
+THAW_SECONDS, CLEAR_SECONDS = 1.0, 2.0
+"""For what usually takes no time, and while which the tenant's other jails wait."""
 REAP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
 """A jail that ran that long begins its back-off anew."""
@@ -245,7 +247,7 @@ class Jail:
         if force or timeout <= 0:
             self._kill()
             return
-        cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)
+        cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
         try:
             signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
@@ -263,7 +265,8 @@ class Jail:
             except ProcessLookupError:
                 return
             if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
-                cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)  # v1's freezer holds even who is killed
+                # v1's freezer holds even what is killed.
+                cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
 
     def _outlives_kill(self, state: State | None) -> None:
         """Answer those who wait for its end: it may wait in the kernel for ever. It is watched on."""
@@ -434,8 +437,8 @@ class Jail:
         if self._netns >= 0:
             os.close(self._netns)
             self._netns = -1
-        cgroups.kill(self.host.hierarchies, self.bundle.cgroup)
-        cgroups.remove(self.host.hierarchies, self.bundle.cgroup)
+        cgroups.kill(self.host.hierarchies, self.bundle.cgroup, CLEAR_SECONDS)
+        cgroups.remove(self.host.hierarchies, self.bundle.cgroup, CLEAR_SECONDS)
         remove_state(self.host.run, self.name)
 
     def _detach(self, veth: str) -> None:

@@ -4,6 +4,7 @@
  *   flood     siblings without end
  *   traced    asks its parent to trace it, then waits for a signal
  *   stops     the same, and stops itself again and again
+ *   (nothing) as process 1: ignores all signals, and asks its parent to trace it
  *   hold      traces each process that comes by, and never lets go of one that has ended
  *   cmdlines  prints the command line of each process that comes by, for three seconds
  */
@@ -51,7 +52,7 @@ static void show(const char *pid)
 
 int main(int argc, char **argv)
 {
-    const char *mode = argc > 1 ? argv[1] : "";
+    const char *mode = argc > 1 && getpid() > 1 ? argv[1] : "";
     int count = argc > 2 ? atoi(argv[2]) : 0;
     if (!strcmp(mode, "make") || !strcmp(mode, "live")) {
         for (int made = 0; made < count; made++)
@@ -101,7 +102,11 @@ int main(int argc, char **argv)
                 closedir(proc);
         }
     } else {
-        return 2;
+        for (int number = 1; number < 65; number++)
+            signal(number, SIG_IGN);
+        ptrace(PTRACE_TRACEME, 0, 0, 0);
+        for (;;)
+            pause();
     }
     fflush(stdout);
     return 0;

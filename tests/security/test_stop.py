@@ -91,6 +91,15 @@ def test_a_program_that_asks_to_be_traced_gets_its_signals(program: Guest, numbe
             process.kill()
 
 
+def test_an_init_that_asks_to_be_traced_is_stopped(program: Guest) -> None:
+    """SIGKILL ends a tracee as well, and the supervisor lets go of one that has stopped."""
+    jm, jail = program.jm, program.jail
+    program.sh("rm -f /sbin/init && cp /root/siblings /sbin/init")
+    for how in (("restart", "--force"), ("stop", "--timeout", "1")):
+        jm(*how, jail, within=20)
+    assert jm.status(jail) == "Stopped"
+
+
 def test_a_tracer_in_the_jail_holds_up_nobody(program: Guest, busybox_jail: MakeJail) -> None:
     """The end of a traced process is reported to its tracer first, which keeps it from the supervisor.
 
@@ -175,6 +184,7 @@ def test_the_shutdown_ends_in_time_whatever_guests_do(instance: Instance, tmp_pa
         instance.sh("frozen", "mkdir /sys/fs/cgroup/x; echo 1 >/sys/fs/cgroup/x/cgroup.freeze", status=None)
         instance("pause", "paused")
         inits = [row["init_pid"] for row in instance.json("list", "--all-tenants")]
+        Path(instance.root.jail_lib("calm", "web"), "config.json").write_text("{")
         hung = _supervisor(instance, "acme")
         os.kill(hung, signal.SIGSTOP)
         begin = time.monotonic()
