@@ -60,7 +60,11 @@ class Connection:
             raise lost(self.root, str(error)) from error
         if status < 400:
             return answer
-        document = self._loads(answer)
+        try:
+            document = compact_json.loads(answer)
+        except ValueError:
+            hint = f"See {self.root.run}/engine.log."
+            raise JailmgrError("engine", f"it answered with HTTP status {status} and no reason", hint) from None
         told = document.get("metadata")
         if isinstance(told, dict) and "what" in told:
             raise from_dict(told)

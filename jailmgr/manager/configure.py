@@ -58,6 +58,9 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
+            if networks.connections_of(old) != networks.connections_of(new):
+                undo.callback(networks.limit_connections, m, old)
+                networks.limit_connections(m, new)
             undo.pop_all()
     return waiting(old, new) if runs else []
 
@@ -196,6 +199,7 @@ def finish_rename(m: Manager, row: Row) -> None:
     if image is not None:
         upper = f"{m.root.volume(old.tenant, name)}/upper"
         replace_files(upper, render_files(m, old, image), render_files(m, new, image))
+        write_bundle(m, new)
     m.store.set_name(old, name)
     for nic in old.nics:
         network = m.store.find_network(old.tenant, nic.network)

@@ -18,7 +18,7 @@ from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
-from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits
+from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
 from jailmgr.manager.strangers import check_free
@@ -147,6 +147,8 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     os.makedirs(m.root.jail_lib(jail.tenant, jail.name), mode=0o700, exist_ok=True)
     if cancelled():
         raise CancelledError(f"jail {jail.name}")
+    # Last before the state: a row in state `creating` with its config.json is that of a whole jail (reconcile).
+    write_bundle(m, jail)
     m.store.set_state(jail, READY)
     for network in {nic.network for nic in jail.nics}:
         if found := m.store.find_network(jail.tenant, network):

@@ -21,7 +21,7 @@ from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.network.shaping import shape_of
-from jailmgr.runtime import seccomp
+from jailmgr.runtime import cgroups, seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
 from jailmgr.storage.device import block_device
@@ -29,6 +29,12 @@ from jailmgr.units import parse_allowance, parse_percent, parse_rate, parse_size
 
 PERIOD = 100_000
 """CPU period in microseconds where the user names none: the kernel's own default (sched-bwc)."""
+
+
+PROCESSES = 8192
+"""Processes and threads of a jail that has no `limits.processes`; nothing was promised to it (manager/admission.py).
+A quarter of the kernel's own kernel.pid_max, which is a limit of the whole host: a fork bomb stops there.
+"""
 
 
 def limits_of(config: Config) -> Limits:
@@ -52,12 +58,14 @@ def limits_of(config: Config) -> Limits:
 
 
 def kernel_limits(m: Manager, jail: Jail, tenant: Tenant | None = None) -> Limits:
-    """`limits_of` with the root device's I/O limits, the CPUs that it has while it runs, and on v1 with no more CPU
-    than the tenant (its present form is found where it isn't given), which the kernel takes for an error there.
-    JailmgrError `unavailable`.
+    """`limits_of` with a limit of processes, the root device's I/O limits, the CPUs that it has while it runs, and on
+    v1 with no more CPU than the tenant (its present form is found where it isn't given), which the kernel takes for an
+    error there. JailmgrError `unavailable`.
     """
     limits, root = limits_of(jail.config), jail.devices.get("root", {})
     both = root.get("limits.max")
+    if limits.processes is None and cgroups.directory(m.hierarchies, "pids", m.root.cgroup) is not None:
+        limits = limits._replace(processes=PROCESSES)
     limits = limits._replace(
         io=io_limit(m, jail.name, root.get("limits.read", both), root.get("limits.write", both)),
         cpus=m.pins.get((jail.tenant, jail.name)),

@@ -19,8 +19,7 @@ from jailmgr.manager import kept
 from jailmgr.manager.host import ADOPT, BUILD_TENANT, Manager
 from jailmgr.manager.kept import OnDisk
 from jailmgr.manager.plan import cgroup_of
-from jailmgr.manager.ports import ports_of
-from jailmgr.model import Network, Nic, Port
+from jailmgr.model import Jail, Network, Nic
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up
@@ -135,14 +134,14 @@ def addresses_of_strangers(m: Manager) -> set[str]:
     return {address for one in m.strangers.values() for address in one.addresses}
 
 
-def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, list[Port]]]:
-    """The first interface of each that runs, with the ports that lead to it, for the rules."""
+def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, Jail]]:
+    """The first interface of each that runs, to which its ports lead, for the rules."""
     found = []
     for one in m.strangers.values():
         if one.up and one.on_disk.kept is not None and one.on_disk.kept.jail.nics:
             jail, networks = one.on_disk.kept.jail, one.on_disk.kept.networks
             nic = jail.nics[0]
-            found += [(network, nic, ports_of(jail)) for network in networks if network.name == nic.network]
+            found += [(network, nic, jail) for network in networks if network.name == nic.network]
     return found
 
 

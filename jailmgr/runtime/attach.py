@@ -38,6 +38,10 @@ resume(sys.argv[2], int(sys.argv[3]))
 """
 
 
+STOP_GRACE = 20.0
+"""For a supervisor to answer after the time that a jail has to stop: it kills the jail then (jail.KILL_SECONDS)."""
+
+
 class Supervisor:
     """A connection to a tenant's supervisor. While one is open, the supervisor stays, with or without jails."""
 
@@ -110,14 +114,23 @@ class Supervisor:
         return state
 
     def stop(
-        self, jail: str, timeout: float = 30.0, force: bool = False, signal: str = "", by: str = "admin"
+        self,
+        jail: str,
+        timeout: float = 30.0,
+        force: bool = False,
+        signal: str = "",
+        by: str = "admin",
+        grace: float = STOP_GRACE,
     ) -> dict[str, Any]:
         """Stop a jail, and wait until nothing of it is left: how it ended (model.Ending).
 
         `signal`: the bundle's when empty. After `timeout` seconds, or at once with `force`, it is killed.
-        `by`: `admin`, or `host`: it is to run again when that is up again.
+        `by`: `admin`, or `host`: it is to run again when that is up again. `grace`: seconds the supervisor has to
+        answer after that. Raises JailmgrError: `failed` where the jail outlives SIGKILL, `unavailable` where the
+        supervisor does not answer.
         """
-        asked = self.ask("stop", jail=jail, signal=signal, timeout=timeout, force=force, by=by)
+        within = (0.0 if force else timeout) + grace
+        asked = self.ask("stop", within=within, jail=jail, signal=signal, timeout=timeout, force=force, by=by)
         last: dict[str, Any] = asked.body["last"]
         return last
 

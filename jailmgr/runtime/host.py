@@ -10,6 +10,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.runtime import netlink
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.loop import Loop
+from jailmgr.runtime.reaper import Reaper
 from jailmgr.runtime.state import host_boot_id
 
 TYPE_CHECKING = False
@@ -28,6 +29,7 @@ class Host:
         self.hierarchies = hierarchies
         self.changed = changed
         self.boot_id = host_boot_id()
+        self.reaper = Reaper(loop)
         self._filters: dict[str, bytes] = {}
         self._links: set[int] = set()
 

@@ -6,16 +6,18 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, netlink, process, protocol, runs, spawn
-from jailmgr.runtime.bundle import Bundle, load_bundle
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
-from jailmgr.runtime.ending import ending, wait_status
+from jailmgr.runtime.ending import ending
 from jailmgr.runtime.host import Host
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Timer
@@ -32,7 +34,11 @@ from jailmgr.runtime.state import (
     write_wait,
 )
 
+STUCK = "stuck"
+"""Kind of the answer to a stop that could not be carried out."""
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+KILL_SECONDS = 10.0
+"""From SIGKILL to an answer for those who wait, though the jail has not ended."""
 REAP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
 """A jail that ran that long begins its back-off anew."""
@@ -48,7 +54,7 @@ class Jail:
         self.host = host
         self.name = name
         self.lib = lib
-        self.bundle: Bundle = load_bundle(lib)
+        self.bundle: Bundle = self._load()
         self.log = Log(lib)
         self.state: State | None = None
         self.pidfd = -1
@@ -81,6 +87,21 @@ class Jail:
         """Running, or on its way there again."""
         return self.running or self.start_timer is not None
 
+    def _load(self) -> Bundle:
+        """The bundle on disk, once it is known to be this jail's: a directory may have come from another by a rename.
+
+        JailmgrError `missing`, `conflict`.
+        """
+        bundle = load_bundle(self.lib)
+        tenant = os.path.basename(self.host.run)
+        mine = (bundle.tenant, bundle.jail, bundle.lib) == (tenant, self.name, self.lib)
+        path = f"/{tenant}/{self.name}"
+        if not mine or not bundle.cgroup.endswith(path) or (bundle.lower and not bundle.volume.endswith(path)):
+            why = f"the {CONFIG} in {self.lib} is that of {bundle.tenant}/{bundle.jail}, on {bundle.volume}"
+            hint = "Nothing was changed. An engine that starts writes it again: jailmgr engine stop; jailmgr list."
+            raise JailmgrError(f"jail {self.name}", why, hint, "conflict")
+        return bundle
+
     def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None, bundle: Bundle | None = None) -> None:
         """From the bundle on disk to init exec'd; `bundle` is that, where it has just been read.
 
@@ -89,7 +110,7 @@ class Jail:
         """
         waits = self.start_timer is not None
         try:
-            self._begin(bundle or load_bundle(self.lib), restarts, stdio, None)
+            self._begin(bundle or self._load(), restarts, stdio, None)
         except BaseException:
             if waits and os.path.isdir(self.lib):
                 self.start_later(self.restarts)
@@ -101,7 +122,7 @@ class Jail:
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
-        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
+        bundle = self.bundle._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
         self._begin(bundle, 0, None, payload)
 
     def visit_result(self) -> dict[str, Any]:
@@ -124,6 +145,12 @@ class Jail:
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
         try:
             make_groups(hierarchies, bundle)
+        except BaseException:
+            # Processes that are in the group are not this start's: what is empty goes, and nothing is killed.
+            with suppress(JailmgrError):
+                cgroups.remove(hierarchies, bundle.cgroup, timeout=0)
+            raise
+        try:
             spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload, partial(self._prepare, restarts))
             try:
                 if payload is None:
@@ -229,6 +256,7 @@ class Jail:
         self.kill_timer = None
         if self.running:
             self.killed = True
+            self.host.loop.after(KILL_SECONDS, partial(self._outlives_kill, self.state))
             try:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
@@ -236,10 +264,20 @@ class Jail:
             if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
                 cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)  # v1's freezer holds even who is killed
 
+    def _outlives_kill(self, state: State | None) -> None:
+        """Answer those who wait for its end: it may wait in the kernel for ever. It is watched on."""
+        if self.state is None or self.state != state or self._visit is not None:
+            return
+        pids = cgroups.members(self.host.hierarchies, state.cgroup)
+        self.log.note(f"has not ended {KILL_SECONDS:.0f} s after SIGKILL; its processes: {pids[:10]}")
+        waiting, self.waiters = self.waiters, []
+        for waiter in waiting:
+            waiter({"kind": STUCK, "at": time(), "by": "kernel", "status": 0, "pids": pids[:10]})
+
     def _ended(self) -> None:
         if self.state is None:
             return
-        status = wait_status(self.pidfd, self.ours)
+        status = self._wait_status(self.state.pid)
         if status is None and not (self._reaped or self.killed):
             # An adopted init has ended, and its parent of now has not asked yet: its exit code comes with EPOLLHUP.
             self._reaped = True
@@ -286,6 +324,11 @@ class Jail:
         self._note_last(told)
         if at_once:
             self._start_again()
+
+    def _wait_status(self, pid: int) -> int | None:
+        """Of an init that has ended (wait(2)): our child, or an adopted one, of which it can't always be known."""
+        how = self.host.reaper.collect(pid) if self.ours else None
+        return kernel.pidfd_exit_status(self.pidfd) if how is None else how.wait_status
 
     def start_later(self, restarts: int) -> None:
         """Start again after a pause that grows with each failure."""

@@ -13,6 +13,7 @@ import os
 import signal
 
 from jailmgr.runtime.jsonfile import read_json
+from jailmgr.runtime.plainfile import read_bytes
 from jailmgr.runtime.proc import start_time
 from jailmgr.runtime.state import LOCK
 
@@ -41,21 +42,25 @@ def end_orphans(run: str) -> None:
 
 
 def _holders(path: str) -> list[int]:
-    """Pids of the processes that have the file open. No file is looked at: one of a hung file system would block."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and path in _open_files(name)]
+    """Pids of the processes that share the lock. Those that only read the file have it open without one.
+
+    No file is looked at: one of a hung file system would block.
+    """
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and _holds(name, path)]
 
 
-def _open_files(pid: str) -> list[str]:
-    folder, found = f"/proc/{pid}/fd", []
+def _holds(pid: str, path: str) -> bool:
+    """proc_pid_fdinfo(5): an open file description with a lock has a line `lock:`."""
     try:
-        for fd in os.listdir(folder):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
             try:
-                found.append(os.readlink(f"{folder}/{fd}"))
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == path and b"lock:" in read_bytes(f"/proc/{pid}/fdinfo/{fd}"):
+                    return True
             except FileNotFoundError:
                 continue
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return found
-    return found
+        return False
+    return False
 
 
 def _kill(pid: int) -> None:

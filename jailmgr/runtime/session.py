@@ -16,7 +16,7 @@ from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, archive, cgroups, enter, lxcfs, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
-from jailmgr.runtime.jail import Jail
+from jailmgr.runtime.jail import KILL_SECONDS, STUCK, Jail
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.pty import fs_type
 
@@ -201,7 +201,12 @@ class Session:
         jail.waiters.append(self._tell_end)
 
     def _tell_end(self, ending: dict[str, Any]) -> None:
-        self.stops = ""
+        name, self.stops = self.stops, ""
+        if ending["kind"] == STUCK:
+            why = f"it has not ended {KILL_SECONDS:.0f} s after SIGKILL; left: {' '.join(map(str, ending['pids']))}"
+            hint = "Its processes wait in the kernel, for a disk or a file server perhaps. Try again later."
+            self.tell(told(JailmgrError(f"jail {name}", why, hint)))
+            return
         self.tell({"last": ending})
 
     def _admit(self, body: dict[str, Any], fds: list[int]) -> None:
@@ -227,8 +232,6 @@ class Session:
         running = [jail for jail in self.supervisor.jails.values() if jail.running and not jail.once]
         jails = {jail.name: (jail.pidfd, jail.bundle) for jail in running}
         failed = lxcfs.renew(jails, self.supervisor.host.hierarchies, str(body["mounted"]))
-        if failed:
-            self.supervisor.strays.look()
         self.tell({"failed": failed})
 
     def _run(self, body: dict[str, Any], fds: list[int]) -> None:

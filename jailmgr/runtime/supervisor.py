@@ -30,7 +30,6 @@ from jailmgr.runtime.proc import Process, start_time
 from jailmgr.runtime.protocol import SOCKET
 from jailmgr.runtime.session import Session
 from jailmgr.runtime.state import LOCK, SUPERVISOR_LOG
-from jailmgr.runtime.strays import Strays
 
 LOG_MAX = 256 * 1024
 
@@ -42,7 +41,6 @@ class Supervisor:
         self.lock = lock
         """Held while there is something to supervise (flock(2)): who has it is the tenant's supervisor."""
         self.loop = Loop()
-        self.strays = Strays(self.loop)
         self.host = Host(self.loop, run, cgroups.discover(), self._changed)
         self.jails: dict[str, Jail] = {}
         self.listener = listener

@@ -10,6 +10,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.manager import leftovers
 from jailmgr.manager.disk_guard import space_left
 from jailmgr.manager.doctor import host
+from jailmgr.manager.doctor.bounds import bounds_checks
 from jailmgr.manager.doctor.check import Check, check
 from jailmgr.manager.doctor.firewall import firewall_checks
 from jailmgr.manager.doctor.kernel import cgroup_checks, kernel_checks
@@ -29,6 +30,7 @@ def doctor(root: Root) -> list[Check]:
         ("tools", host.tool_checks),
         ("security", host.security_checks),
         ("sysctl", host.sysctl_checks),
+        ("bounds", bounds_checks),
         ("id ranges", host.id_checks),
         ("resolver", host.name_checks),
         ("disk", lambda: _disk(root)),
