@@ -68,7 +68,7 @@ def _on(key: Key, chance: random.Random, said: Reported, number: int) -> Operati
     name, state = "/".join(key), said.status(key)
     here, ports = _states(state), sorted(port for port in said.ports if port[:2] == key)
     any_state: list[Operation] = [
-        Operation(("delete", "--force", name), key, None, _states(ABSENT), _states(state, STOPPED, ABSENT)),
+        *[Operation(("delete", "--force", name), key, None, _states(ABSENT), _states(state, STOPPED, ABSENT))] * 2,
         Operation(("set", name, f"limits.memory={chance.randrange(40, 80)}MiB"), key, None, here, here),
         Operation(("set", name, f"user.number={number}"), key, None, here, here),
         Operation(("port", "publish", name, f"{20000 + number}:80"), key, None, here, here),
@@ -95,7 +95,7 @@ def _on(key: Key, chance: random.Random, said: Reported, number: int) -> Operati
         ])  # fmt: skip
     if state == FROZEN:
         resume = Operation(("resume", name), key, None, _states(RUNS), _states(RUNS, FROZEN))
-        return chance.choice([*any_state[:4], *[resume] * 6])
+        return chance.choice([*any_state[:5], *[resume] * 6])
     to = (key[0], f"j{number}")
     return chance.choice([
         *any_state,

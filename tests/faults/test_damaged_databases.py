@@ -32,7 +32,7 @@ COMMANDS = (
     ("info", "web"), ("start", "off"), ("stop", "--force", "web"), ("restart", "--force", "acme/db"),
     ("rename", "off", "other"), ("set", "web", "limits.memory=70MiB"), ("port", "publish", "web", "18081:81"),
     ("port", "list"), ("tenant", "create", "more"), ("tenant", "delete", "acme"), ("image", "delete", "busybox"),
-    ("create", "busybox", "web"), ("cp", "web:/etc/passwd", "-"), ("delete", "--force", "--all"),
+    ("create", "busybox", "web"), ("delete", "--force", "--all"),
 )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_scattered_bytes_cost_no_jail(world: World, way: str) -> None:
     for argv in (("list",), ("port", "list"), ("doctor",)):
         result = world.instance(*argv, status=None)
         assert result.status == 0 or "Error: " in result.err or argv[0] == "doctor", result.told()
-        assert "codec" not in result.err, result.told()
+        assert "UnicodeDecodeError" not in result.err, result.told()
     assert all(alive(pid) for pid, _ in world.before.inits.values())
     world.instance("engine", "stop", status=None)
     put_copy_back(world, "")

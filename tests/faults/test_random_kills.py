@@ -6,8 +6,10 @@ sets how many. Which line of the product a kill hits depends on the machine, so 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from jailmgr.runtime.state import engine_runs, supervisor_process
+from jailmgr.runtime.syscalls import libc
 from tests.faults.operations import ABSENT, FROZEN, Operation, choose
 from tests.faults.truth import Key, Reported, marker_of, settled
 from tests.system.instance import Instance, Result, kill, until
@@ -23,25 +26,38 @@ from tests.system.leftovers import leftovers, running
 
 SEEDS = [int(seed) for seed in os.environ.get("JAILMGR_FAULT_SEEDS", "11,12").split(",")]
 OPERATIONS = int(os.environ.get("JAILMGR_FAULT_OPERATIONS", "120"))
-KILLS = 0.6
+KILLS = 0.7
 """Share of the operations amid which something is killed."""
 LONGEST = 0.25
 """Seconds after the start of an operation, at most, until the kill: as long as most of them take."""
+AMID = 0.8
+"""Share of the kills that wait for the first change of a file: of the store, of a jail or of its state."""
+WORK = 0.05
+"""Seconds after that, at most, and mostly a few thousandths: the engine works for ten to fifty on an operation."""
+WITHOUT_ENGINE = ("exec", "cp", "info", "list")
+"""Commands that change no file of the engine's."""
+CHANGES = 0x2 | 0x80 | 0x100 | 0x200
+"""IN_MODIFY, IN_MOVED_TO, IN_CREATE, IN_DELETE (inotify(7))."""
 
 
 class Killer(threading.Thread):
     """Kills the engine, supervisors or both, once, after a while."""
 
-    def __init__(self, instance: Instance, chance: random.Random) -> None:
+    def __init__(self, instance: Instance, operation: Operation, chance: random.Random) -> None:
         super().__init__()
         self._instance = instance
-        self._delay = chance.random() * LONGEST
-        self._targets = chance.choice(["engine", "supervisors", "both"])
+        amid = chance.random() < AMID and operation.argv[0] not in WITHOUT_ENGINE
+        self._began = _watch_work(instance) if amid else -1
+        self._delay = chance.random() ** 3 * WORK if amid else chance.random() * LONGEST
+        self._targets = chance.choice(["engine", "engine", "supervisors", "both"])
         self.killed: list[str] = []
         self.failed: BaseException | None = None
 
     def run(self) -> None:
         try:
+            if self._began >= 0:
+                select.select([self._began], [], [], LONGEST)
+                os.close(self._began)
             time.sleep(self._delay)  # the moment of the crash: nothing is waited for
             if self._targets in ("engine", "both"):
                 self._kill("engine", _engine(self._instance))
@@ -60,6 +76,17 @@ class Killer(threading.Thread):
                 self.killed.append(what)
         except ProcessLookupError:
             return
+
+
+def _watch_work(instance: Instance) -> int:
+    """An inotify fd that is readable once the engine or a supervisor has begun to change something."""
+    fd = libc.inotify_init1(os.O_CLOEXEC)
+    assert fd >= 0
+    lib, run = Path(instance.root.lib), Path(instance.root.run)
+    for folder in (lib, *lib.glob("jails/*"), *lib.glob("jails/*/*"), *run.glob("tenants/*")):
+        if folder.is_dir():
+            libc.inotify_add_watch(fd, os.fsencode(folder), ctypes.c_uint32(CHANGES))
+    return int(fd)
 
 
 def _engine(instance: Instance) -> int | None:
@@ -128,7 +155,7 @@ def test_killed_at_any_moment(new_instance: Callable[[], Instance], seed: int) -
     try:
         for number in range(OPERATIONS):
             operation = choose(chance, world.said, tenants, number)
-            killer = Killer(instance, moments) if moments.random() < KILLS else None
+            killer = Killer(instance, operation, moments) if moments.random() < KILLS else None
             done.append(" ".join(operation.argv))
             if killer is not None:
                 killer.start()
@@ -144,6 +171,7 @@ def test_killed_at_any_moment(new_instance: Callable[[], Instance], seed: int) -
             world.check(operation, ended, killed)
             tenants = {row["tenant"] for row in instance.json("tenant", "list")}
         _end(instance, world)
+        print("\n".join(done))
     except BaseException as error:
         told = "\n".join(done[-12:])
         raise AssertionError(
