@@ -97,7 +97,7 @@ class Mistakes(JailmgrError):
     """The mistakes of a template, each an error of its own."""
 
     def __init__(self, errors: list[JailmgrError], folder: str) -> None:
-        super().__init__(f"template {folder}", f"{len(errors)} mistakes")
+        super().__init__(f"template {folder}", f"{len(errors)} mistake{'' if len(errors) == 1 else 's'}")
         self.errors = errors
 
 

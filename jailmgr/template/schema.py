@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import signal
 from collections.abc import Callable, Mapping
@@ -64,6 +65,12 @@ def _matches(pattern: re.Pattern[str], what: str) -> Check:
     return lambda value: "" if isinstance(value, str) and pattern.match(value) else f"must be {what}"
 
 
+def _mode(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"(0o)?[0-7]{1,4}", value):
+        return f"must be an octal number without quotes: write 0o{int(value.removeprefix('0o'), 8):o}"
+    return "must be an octal number from 0o0 to 0o7777, such as 0o644" if _whole(0, 0o7777)(value) else ""
+
+
 def _list_of(check: Check, least: int = 0) -> Check:
     def check_all(value: Any) -> str:
         if not isinstance(value, list) or len(value) < least:
@@ -78,6 +85,8 @@ def _argument(value: Any) -> str:
 
 
 def _command(value: Any) -> str:
+    if isinstance(value, str):
+        return 'must be a list of a program and its arguments, such as ["/bin/sh", "-c", "…"]'
     wrong = _list_of(_argument, 1)(value)
     return wrong or ("" if value[0].startswith("/") else "must begin with the absolute path of a program")
 
@@ -120,7 +129,7 @@ _FILE: dict[str, Check] = {
     "source": _source,
     "link": _argument,
     "when": _one_of("build", "create"),
-    "mode": _whole(0, 0o7777),
+    "mode": _mode,
 }
 _DEBOOTSTRAP: dict[str, Check] = {
     "variant": _one_of("minbase", "buildd", "-"),
@@ -143,6 +152,7 @@ class Checker:
     def __init__(self, file: str, text: str, sources: Mapping[str, str]) -> None:
         self.file = file
         self.sources = sources
+        self.text = text
         self.keys = find_keys(text)
         self.mistakes: list[Mistake] = []
 
@@ -202,12 +212,38 @@ class Checker:
             self.table(value["clean"], (*path, "clean"), _CLEAN)
         if "file" in value:
             self.array(value["file"], (*path, "file"), self.file_entry)
+            self.paths_are_unique(value["file"], (*path, "file"))
         if "run" in value:
             self.array(value["run"], (*path, "run"), lambda entry, at: self.table(entry, at, _RUN, ("command",)))
+
+    def paths_are_unique(self, entries: Any, path: Path) -> None:
+        """Report each file whose path an earlier entry of the same table has."""
+        seen: dict[str, int] = {}
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            name = entry.get("path") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                continue
+            place = os.path.normpath(name)
+            if place in seen:
+                first = line_of(self.keys, (*path, seen[place], "path"))
+                self.tell((*path, index, "path"), f"{name} already exists: an entry at line {first} has this path")
+            seen.setdefault(place, index)
+
+    def is_decimal(self, value: int, path: Path) -> bool:
+        """Report whether the key at `path` spells `value` in decimal. tomli returns the number only."""
+        lines = self.text.splitlines()[line_of(self.keys, path) - 1 :]
+        # A key of an inline table has no line of its own.
+        lines = lines[:1] if path in self.keys else lines
+        return any(re.search(rf"\bmode[\"']?\s*=\s*\+?{value}(?![\w.])", line) for line in lines)
 
     def file_entry(self, value: Any, path: Path) -> None:
         before = len(self.mistakes)
         self.table(value, path, _FILE, ("path",))
+        mode = value.get("mode") if isinstance(value, dict) else None
+        # Below 8 both spellings are the same number.
+        if isinstance(mode, int) and mode > 7 and self.is_decimal(mode, (*path, "mode")):
+            octal = f"0o{mode}" if re.fullmatch("[0-7]{1,4}", str(mode)) else f"0o{mode:o}"
+            self.tell((*path, "mode"), f"{mode} is decimal, and means 0o{mode:o}: write {octal}")
         if len(self.mistakes) > before:
             return
         if ("source" in value) == ("link" in value):
