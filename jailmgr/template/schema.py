@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import tomli
 
+from jailmgr.template.apt_sources import is_url
 from jailmgr.template.positions import Path, find_keys, line_of
 from jailmgr.template.render import BUILD_NAMES, CREATE_NAMES, find_flaws, path_flaw
 
@@ -63,6 +64,10 @@ def _one_of(*words: str) -> Check:
 
 def _matches(pattern: re.Pattern[str], what: str) -> Check:
     return lambda value: "" if isinstance(value, str) and pattern.match(value) else f"must be {what}"
+
+
+def _url(value: Any) -> str:
+    return "" if is_url(value) else "must be an http or https URL"
 
 
 def _mode(value: Any) -> str:
@@ -137,7 +142,9 @@ _DEBOOTSTRAP: dict[str, Check] = {
     "keyring": _absolute,
     "script": _name,
     "security": _flag,
+    "distribution": _name,
 }
+_MIRROR: dict[str, Check] = {"url": _url, "security_url": _url}
 _CLEAN: dict[str, Check] = {"remove": _list_of(_pattern), "empty": _list_of(_place)}
 _RUN: dict[str, Check] = {"command": _command}
 _TOP: dict[str, Check] = {"description": _text, "method": _one_of(*METHODS), "releases": _list_of(_name, 1)}
@@ -273,8 +280,12 @@ def find_mistakes(text: str, sources: Mapping[str, str]) -> list[Mistake]:
     except RecursionError:
         return [Mistake(FILE, 1, "", "nested too deeply")]
     checker = Checker(FILE, text, sources)
-    checker.table(content, (), _TOP, ("description", "method", "releases"), (*_BODY, "debootstrap", "variants"))
+    checker.table(
+        content, (), _TOP, ("description", "method", "releases"), (*_BODY, "debootstrap", "mirror", "variants")
+    )
     checker.body(content, ())
+    if "mirror" in content:
+        checker.table(content["mirror"], ("mirror",), _MIRROR)
     if "debootstrap" in content:
         checker.table(content["debootstrap"], ("debootstrap",), _DEBOOTSTRAP, ("keyring",))
         if content.get("method") != "debootstrap":

@@ -232,7 +232,7 @@ def test_key_changes_with_a_file_and_with_the_configured_mirror(root: Root) -> N
     before = recipe.resolve(root, "trial").key
     (folder / "files" / "motd").write_text("other")
     changed = recipe.resolve(root, "trial").key
-    Path(root.etc, "config.toml").write_text('[build]\nmirror = "http://mirror.example/debian"\n')
+    Path(root.etc, "config.toml").write_text('[mirrors.x]\nurl = "http://mirror.example/x"\n')
     assert len({before, changed, recipe.resolve(root, "trial").key}) == 3
 
 
@@ -303,3 +303,12 @@ def test_positions_of_flat_keys(table: dict[str, str]) -> None:
     ]
     assert tomli.loads("\n".join(lines)) == table
     assert positions.find_keys("\n".join(lines)) == {(key,): line for line, key in enumerate(table, 1)}
+
+
+def test_distribution_is_the_keyrings(root: Root) -> None:
+    put(root, "trial", GOOD.replace("x.gpg", "devuan-archive-keyring.gpg"))
+    named = GOOD.replace('x.gpg"', 'x.gpg"\ndistribution = "ubuntu"')
+    put(root, "named", named.replace("[packages]", '[mirror]\nurl = "http://m.example/ubuntu/"\n[packages]'))
+    found = [recipe.resolve(root, name) for name in ("trial", "named", "debian")]
+    assert [build.distribution for build in found] == ["devuan", "ubuntu", "debian"]
+    assert found[1].own_mirrors.url == "http://m.example/ubuntu"
