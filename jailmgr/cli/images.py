@@ -18,7 +18,7 @@ from jailmgr.units import format_size
 SHORT = 12
 """Digits of a fingerprint that are shown."""
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An alias, or the first digits of a fingerprint.")]
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An alias, or a fingerprint's first digits, 4 or more.")]
 
 
 def add(app: typer.Typer) -> None:

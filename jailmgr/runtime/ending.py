@@ -31,5 +31,6 @@ def ending(status: int | None, *, stopping: str, ours: bool, killed: bool, out_o
     if number == signal.SIGINT:
         return ended | {"kind": "poweroff"}
     if number == signal.SIGHUP:
-        return ended | {"kind": "reboot"}
+        # sysvinit and OpenRC reboot on SIGINT, which is then the stop signal: a stop was asked for, and is what it is.
+        return ended | {"kind": "poweroff" if stopping else "reboot"}
     return ended | {"kind": "signal", "status": number}
