@@ -22,6 +22,7 @@ from jailmgr import __version__
 from jailmgr.config import Root, find_root
 from jailmgr.engine import systemd
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime.standard_fds import open_closed
 
 READY_FD = "JAILMGR_READY_FD"
 """Environment variable: the descriptor on which a background engine tells, in a line of JSON, that it serves
@@ -34,6 +35,7 @@ PREDECESSOR_SECONDS = 60.0
 
 def main() -> int:
     """The process that a command or systemd starts; its exit status."""
+    open_closed()
     ready, given, told = _ready_fd(), systemd.take_sockets(), systemd.take_notify()
     try:
         run(find_root(), ready, given, told)

@@ -29,6 +29,7 @@ from jailmgr.runtime.loop import Loop
 from jailmgr.runtime.proc import Process, start_time
 from jailmgr.runtime.protocol import SOCKET
 from jailmgr.runtime.session import Session
+from jailmgr.runtime.standard_fds import open_closed
 from jailmgr.runtime.state import LOCK, SUPERVISOR_LOG
 from jailmgr.runtime.strays import Strays
 
@@ -153,6 +154,7 @@ def main(run: str, ready_fd: int, group: str = "") -> None:
 
     `group`: the systemd scope's, to be moved to.
     """
+    open_closed()
     if os.fork() != 0:
         os._exit(0)
     os.setsid()
