@@ -248,9 +248,12 @@ class Session:
         _check_not_paused(jail, supervisor.host.hierarchies)
         base = {name: value for name, value in jail.bundle.env.items() if name not in _OF_INIT}
         command = enter.read_command(body, base)
-        far = [] if command.tty else self._make_pipes(fds, "r", "w", "w")
+        ends = ("r", "w") if body.get("joined") else ("r", "w", "w")
+        far = [] if command.tty else self._make_pipes(fds, *ends)
         try:
             if not command.tty:
+                if self.admitted is not None and len(ends) == 2:
+                    fds.append(os.dup(fds[1]))
                 _check_stdio(fds)
                 _give_pipes(fds, jail.bundle.idmap_base)
             bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
@@ -379,9 +382,9 @@ _OF_USERS, _AFTERWARDS = ("exec", "archive", "console"), ("hello", "signal", "wi
 
 
 def _give_pipes(fds: list[int], base: int) -> None:
-    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail; a named FIFO stays."""
+    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail."""
     for fd in fds:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode) and fs_type(fd) == _PIPEFS_MAGIC:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, base, base)
 
 
@@ -403,13 +406,12 @@ def _check_not_paused(jail: Jail, hierarchies: cgroups.Hierarchies) -> None:
 
 
 def _check_stdio(fds: list[int]) -> None:
-    """Only pipes, regular files and /dev/null go into a jail: a terminal, directory, device or socket of the host is
-    a way out of it."""
+    """Only anonymous pipes and /dev/null go into a jail. A file of the host, a named FIFO too, could be read, truncated
+    or reopened there; a terminal, directory, device or socket is a way out of the jail."""
     for fd in fds:
         status = os.fstat(fd)
         if not (
-            stat.S_ISFIFO(status.st_mode)
-            or stat.S_ISREG(status.st_mode)
+            (stat.S_ISFIFO(status.st_mode) and fs_type(fd) == _PIPEFS_MAGIC)
             or (stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL)
         ):
-            raise JailmgrError("exec", "only pipes, files and /dev/null can be passed into a jail", "", "invalid")
+            raise JailmgrError("exec", "only pipes and /dev/null can be passed into a jail", "", "invalid")
