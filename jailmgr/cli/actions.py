@@ -106,23 +106,23 @@ def stop(
 
 def list_(settings: Settings, all_tenants: bool = False) -> int:
     """The tenant's jails, or everybody's, with limits beside usage."""
-    from jailmgr.cli.client import ensure_engine
+    from jailmgr.cli.client import existing_engine
     from jailmgr.cli.layout import jail_table
     from jailmgr.cli.output import show
 
     whose = "all-projects=true" if all_tenants else f"project={settings.tenant}"
-    views = ensure_engine(settings.root).call("GET", f"/1.0/instances?recursion=2&{whose}")
+    views = existing_engine(settings.root).call("GET", f"/1.0/instances?recursion=2&{whose}")
     show(settings, views, lambda: jail_table(views, all_tenants))
     return 0
 
 
 def change(settings: Settings, action: str, names: list[str] | None, all_: bool, body: dict[str, Any]) -> int:
     """Ask for a change of several jails at once, then wait for each. Raises Failures where any failed."""
-    from jailmgr.cli.client import ensure_engine
+    from jailmgr.cli.client import existing_engine
 
     check_targets(WORD.get(action, action), names, all_)
     named = list(dict.fromkeys(split_name(settings, name) for name in names or []))
-    connection = ensure_engine(settings.root)
+    connection = existing_engine(settings.root)
     targets = named or find_eligible(settings, connection, action)
 
     def begin(tenant: str, name: str) -> Any:

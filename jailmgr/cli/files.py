@@ -15,7 +15,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.output import remark
 from jailmgr.cli.settings import Settings, split_name, wrong_usage
@@ -121,7 +121,7 @@ def check_jail(settings: Settings, tenant: str, jail: str) -> None:
     from jailmgr.runtime.state import read_state
 
     if os.geteuid() != 0 or read_state(settings.root, tenant, jail) is None:
-        ensure_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
+        existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
 
 
 def transfer(

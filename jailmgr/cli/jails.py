@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from jailmgr.cli import actions
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import ensure_engine, existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.layout import jail_page
 from jailmgr.cli.operations import result, wait
@@ -184,7 +184,7 @@ def rename(
     if new.startswith(f"{tenant}/"):
         new = new[len(tenant) + 1 :]
     check_label("jail", new)
-    connection = ensure_engine(settings.root)
+    connection = existing_engine(settings.root)
     operation = connection.call("POST", f"/1.0/instances/{old}?project={tenant}", {"name": new})
     wait(settings, connection, operation, f"rename {old}")
     show(settings, {"name": new, "tenant": tenant}, lambda: "")
@@ -202,6 +202,6 @@ def list_(
 def info(settings: Settings, name: Name) -> int:
     """Show all there is to know of a jail."""
     tenant, jail = split_name(settings, name)
-    view = ensure_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
+    view = existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
     show(settings, view, lambda: jail_page(view))
     return 0

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from jailmgr import __version__
 from jailmgr.config import Root, find_root
@@ -162,7 +162,12 @@ def _describe(root: Root, held: ExitStack) -> None:
     with open(f"{path}.new", "w") as file:
         json.dump(content, file)
     os.replace(f"{path}.new", path)
-    held.callback(os.unlink, path)
+    held.callback(_remove, path)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):  # the root may have been removed
+        os.unlink(path)
 
 
 def _refuse(listening: socket.socket, error: JailmgrError) -> None:

@@ -205,7 +205,10 @@ def raw_terminal(undo: Undo) -> None:
 
 
 def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> None:
-    """The jail's console on our terminal until ctrl-] three times, or until it ends. `said` gets words for the user."""
+    """The jail's console on our terminal until ctrl-] three times, or the end of the console or of stdin.
+
+    `said` gets words for the user.
+    """
     undo: Undo = []
     with connect_running(root, tenant, jail) as supervisor:
         (stream,) = supervisor.ask("console", jail=jail, typed=True).fds
@@ -246,6 +249,5 @@ def _join_console(stream: int, type_: Callable[[bytes], None]) -> None:
             if last == _DETACH:
                 return
             if not typed:
-                poll.unregister(0)
-            else:
-                type_(typed)
+                return
+            type_(typed)
