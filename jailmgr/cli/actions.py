@@ -26,6 +26,10 @@ WORD = {"freeze": "pause", "unfreeze": "resume"}
 """Actions of the API whose command has another name."""
 
 
+_IDLE = dict.fromkeys(("stop", "restart"), "waiting for init to end (--force kills it)")
+"""What is shown while these take long."""
+
+
 class Failures(JailmgrError):
     """Some of several failed: each error is told, the exit status is 1."""
 
@@ -151,8 +155,8 @@ def find_eligible(settings: Settings, connection: Any, action: str) -> list[tupl
 
 def finish(settings: Settings, connection: Any, word: str, targets: list[tuple[str, str]], begin: Any) -> int:
     """Begin the operation of each target, so that they run side by side, and wait for them all."""
-    from jailmgr.cli.operations import wait
-    from jailmgr.cli.output import show
+    from jailmgr.cli.operations import result, wait
+    from jailmgr.cli.output import remark, show
 
     begun, done, errors = [], [], []
     for tenant, name in targets:
@@ -162,8 +166,12 @@ def finish(settings: Settings, connection: Any, word: str, targets: list[tuple[s
             errors.append(error)
     for tenant, name, operation in begun:
         try:
-            wait(settings, connection, operation, f"{word} {name}")
-            done.append({"name": name, "tenant": tenant, "action": word})
+            ended = result(wait(settings, connection, operation, f"{word} {name}", _IDLE.get(word, "")))
+            row = {"name": name, "tenant": tenant, "action": word}
+            if (seconds := ended.get("killed_after")) is not None:
+                remark(settings, f"{word} {name}: killed after {seconds} s, for init had not ended")
+                row["killed_after"] = seconds
+            done.append(row)
         except JailmgrError as error:
             errors.append(error)
     if errors and len(targets) == 1:

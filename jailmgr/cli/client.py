@@ -152,8 +152,9 @@ class Nothing(Connection):
         noun, *names = path.partition("?")[0].split("/")[2:]
         if method == "GET" and not names:
             return []
-        what = f"{_NOUNS.get(noun, noun)} {names[0]}" if names else _NOUNS.get(noun, noun)
-        hint = f"{self.root.at or self.root.lib} does not exist: check JAILMGR_ROOT and --root."
+        at = self.root.at or self.root.lib
+        what = f"{_NOUNS.get(noun, noun)} {names[0]}" if names else f"root {at}"
+        hint = f"{at} does not exist: check JAILMGR_ROOT and --root."
         raise JailmgrError(what, "not found", hint, "missing")
 
 

@@ -83,7 +83,7 @@ class Manager:
         self.networks_up: set[int] = set()
         self.totals: dict[str, tuple[cgroups.Limits, int]] = {}
         """By tenant, what its group was last held to, and the group's identity."""
-        self.cpu_seen: dict[str, tuple[float, int, float]] = {}
+        self.cpu_seen: dict[str, tuple[float, int, float | None]] = {}
         """By tenant: when its CPU time was last looked at (monotonic), the time, and the mean number of CPUs then."""
         self.pins: dict[tuple[str, str], str] = {}
         """The CPUs of running jails that have not all of them (manager/pinning.py), by tenant and name."""

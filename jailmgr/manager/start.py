@@ -13,7 +13,7 @@ from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
 from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.view import is_up, running
-from jailmgr.model import Jail
+from jailmgr.model import Jail, Stopped
 from jailmgr.runtime import attach
 
 WAIT_TIMEOUT = 120.0
@@ -91,9 +91,10 @@ def _supervisor(m: Manager, tenant: str) -> attach.Supervisor:
 
 def restart(
     m: Manager, tenant: str, name: str, *, force: bool = False, timeout: int | None = None, wait: bool = False
-) -> None:
+) -> Stopped:
     """Stop and start; a stopped jail is refused (JailmgrError `conflict`)."""
     from jailmgr.manager.stop import stop
 
-    stop(m, tenant, name, force=force, timeout=timeout)
+    stopped = stop(m, tenant, name, force=force, timeout=timeout)
     start(m, tenant, name, wait=wait)
+    return stopped
