@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from jailmgr.errors import full_name
+
 
 class Recipe(msgspec.Struct, frozen=True):
     """What an image tells of how its jails are run; it comes from the template."""
@@ -96,6 +98,11 @@ class Jail(msgspec.Struct, frozen=True):
     devices: dict[str, dict[str, str]]
     idmap_base: int
     nics: list[Nic] = []
+
+    @property
+    def full_name(self) -> str:
+        """`TENANT/NAME`, as errors and hints name it."""
+        return full_name(self.tenant, self.name)
 
 
 class Tenant(msgspec.Struct, frozen=True):

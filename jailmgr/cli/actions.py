@@ -5,8 +5,8 @@ On the hot way: standard library only, and little of it.
 
 from __future__ import annotations
 
-from jailmgr.cli.settings import Settings, split_name, wrong_usage
-from jailmgr.errors import JailmgrError
+from jailmgr.cli.settings import Settings, name_of, split_name, wrong_usage
+from jailmgr.errors import JailmgrError, full_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,8 +76,12 @@ def check_known(settings: Settings, tenant: str, jail: str) -> None:
     import os
 
     if os.geteuid() == 0 and not os.path.isdir(settings.root.jail_lib(tenant, jail)):
-        name = jail if tenant == "default" else f"{tenant}/{jail}"
-        raise JailmgrError(f"jail {name}", "there is none of that name", "See jailmgr list --all-tenants.", "missing")
+        raise JailmgrError(
+            f"jail {full_name(tenant, jail)}",
+            "there is none of that name",
+            "See jailmgr list --all-tenants.",
+            "missing",
+        )
 
 
 def _variables(given: list[str]) -> dict[str, str]:
@@ -166,10 +170,12 @@ def finish(settings: Settings, connection: Any, word: str, targets: list[tuple[s
             errors.append(error)
     for tenant, name, operation in begun:
         try:
-            ended = result(wait(settings, connection, operation, f"{word} {name}", _IDLE.get(word, "")))
+            ended = result(
+                wait(settings, connection, operation, f"{word} {name_of(tenant, name)}", _IDLE.get(word, ""))
+            )
             row = {"name": name, "tenant": tenant, "action": word}
             if (seconds := ended.get("killed_after")) is not None:
-                remark(settings, f"{word} {name}: killed after {seconds} s, for init had not ended")
+                remark(settings, f"{word} {name_of(tenant, name)}: killed after {seconds} s, for init had not ended")
                 row["killed_after"] = seconds
             done.append(row)
         except JailmgrError as error:

@@ -12,7 +12,7 @@ from jailmgr.cli.jails import Name
 from jailmgr.cli.layout import flat_keys
 from jailmgr.cli.output import fields, remark, show
 from jailmgr.cli.request import split_device, split_keys
-from jailmgr.cli.settings import Settings, split_name
+from jailmgr.cli.settings import Settings, name_of, split_name
 
 ALIASES = {
     "limits.disk": "root.size",
@@ -65,7 +65,9 @@ def _change(settings: Settings, name: str, config: dict[str, Any], devices: dict
     document = {"name": jail, "tenant": tenant, "restart_needed": waiting}
     show(settings, document, lambda: "")
     if waiting:
-        remark(settings, f"{', '.join(waiting)}: takes effect at the next start (jailmgr restart {jail})")
+        remark(
+            settings, f"{', '.join(waiting)}: takes effect at the next start (jailmgr restart {name_of(tenant, jail)})"
+        )
     return 0
 
 

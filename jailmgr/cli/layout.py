@@ -101,7 +101,7 @@ def span(seconds: float) -> str:
 
 
 def ending(last: View | None) -> str:
-    """`poweroff by guest at …`, `exit 1 by guest at …`, `signal 9 (SIGKILL) by admin at …`, and whether that was late."""
+    """`poweroff by guest at …`, `exit 1 by guest at …`, `signal 9 (SIGKILL) by admin at …`, and why it was killed."""
     if not last:
         return "-"
     what = str(last.get("kind", "unknown"))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from jailmgr import claims
 from jailmgr.config import Root
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import Pool, close_pool, is_made, open_pool
@@ -172,7 +172,7 @@ class Manager:
         """Refuse to touch a jail of which the store has another's row. JailmgrError `conflict`."""
         if (stranger := self.strangers.get((tenant, name))) is not None:
             why = f"what is there of that name is another jail (id {stranger.on_disk.id}) than the store knows"
-            raise JailmgrError(f"jail {name}", why, ADOPT, "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", why, ADOPT, "conflict")
 
     @property
     def pool(self) -> Pool:

@@ -145,7 +145,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
     """All that the jail's start depends on. Reads the store; changes only the kept filter and the loaded profile."""
     image = m.store.find_image(jail.image)
     if image is None:
-        raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
+        raise JailmgrError(f"jail {jail.full_name}", f"its image {jail.image[:12]} is gone", "", "missing")
     tenant = m.store.tenant(jail.tenant)
     shape = shape_of(m.root, tenant, jail)
     variables = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import lxcfs, networks
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.host import Manager
@@ -27,7 +27,7 @@ def start(m: Manager, tenant: str, name: str, *, wait: bool = False) -> None:
     """
     with m.jail(tenant, name) as jail:
         if running(m, jail):
-            raise JailmgrError(f"jail {name}", "it runs already", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it runs already", "", "conflict")
         boot(m, jail)
     if wait:
         wait_ready(m, tenant, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import networks
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cgroup_of, stop_timeout
@@ -57,7 +57,7 @@ def freeze(m: Manager, tenant: str, name: str) -> None:
     with m.jail(tenant, name) as jail:
         cgroup = _running_cgroup(m, jail)
         if cgroups.is_frozen(m.hierarchies, cgroup):
-            raise JailmgrError(f"jail {name}", "it is paused already", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it is paused already", "", "conflict")
         cgroups.freeze(m.hierarchies, cgroup)
 
 
@@ -66,7 +66,7 @@ def unfreeze(m: Manager, tenant: str, name: str) -> None:
     with m.jail(tenant, name) as jail:
         cgroup = _running_cgroup(m, jail)
         if not cgroups.is_frozen(m.hierarchies, cgroup):
-            raise JailmgrError(f"jail {name}", "it is not paused", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it is not paused", "", "conflict")
         m.check_disk()
         cgroups.thaw(m.hierarchies, cgroup)
 

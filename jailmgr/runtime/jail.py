@@ -308,6 +308,10 @@ class Jail:
             self.start_timer.cancel()
             self.start_timer = None
 
+    @property
+    def full_name(self) -> str:
+        return self.host.full_name(self.name)
+
     def kill_after(self, seconds: float) -> None:
         """Kill it then, unless it has ended."""
         self.kill_timer = self.host.loop.after(seconds, self._kill_late)

@@ -11,7 +11,7 @@ import os
 import select
 import termios
 
-from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.errors import JailmgrError, from_dict, full_name
 from jailmgr.runtime import protocol, pump
 from jailmgr.runtime.attach import Supervisor, connect_running
 
@@ -214,7 +214,7 @@ def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> 
         (stream,) = supervisor.ask("console", jail=jail, typed=True).fds
         undo.append(lambda: os.close(stream))
         try:
-            said(f"Console of {jail}: ctrl-] three times leaves it.")
+            said(f"Console of jail {full_name(tenant, jail)}: ctrl-] three times leaves it.")
             if os.isatty(0):
                 size = fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8)
                 rows, columns = int.from_bytes(size[:2], "little"), int.from_bytes(size[2:4], "little")

@@ -131,7 +131,10 @@ class Session:
         if name in _OF_USERS:
             if self.used:
                 raise JailmgrError(
-                    f"jail {self.admitted['jail']}", "this session has been used", "Try again.", "denied"
+                    f"jail {self.supervisor.host.full_name(self.admitted['jail'])}",
+                    "this session has been used",
+                    "Try again.",
+                    "denied",
                 )
             assert self._unused is not None
             self._unused.cancel()
@@ -170,7 +173,13 @@ class Session:
         def ended(ending: dict[str, Any]) -> None:
             if up in started.ready_waiters or started.state is None:
                 timer.cancel()
-                self.tell(told(JailmgrError(f"jail {name}", f"ended before it was up ({ending['kind']})")))
+                self.tell(
+                    told(
+                        JailmgrError(
+                            f"jail {supervisor.host.full_name(name)}", f"ended before it was up ({ending['kind']})"
+                        )
+                    )
+                )
 
         jail.ready_waiters.append(up)
         jail.waiters.append(ended)
@@ -184,12 +193,12 @@ class Session:
 
     def _not_up(self, jail: Jail) -> None:
         why = "its init has not told that the system is up; the jail runs on"
-        self.tell(told(JailmgrError(f"jail {jail.name}", why, f"See: jailmgr logs {jail.name}")))
+        self.tell(told(JailmgrError(f"jail {jail.full_name}", why, f"See: jailmgr logs {jail.full_name}")))
 
     def _stop(self, body: dict[str, Any], fds: list[int]) -> None:
         jail = self.supervisor.jails.get(body["jail"])
         if jail is None or not jail.alive:
-            raise JailmgrError(f"jail {body['jail']}", "is not running", "", "conflict")
+            raise JailmgrError(f"jail {self.supervisor.host.full_name(body['jail'])}", "is not running", "", "conflict")
         self.wait_for_end(jail)
         number = body.get("signal") or jail.bundle.stop_signal
         by = "host" if body.get("by") == "host" else "admin"
@@ -210,7 +219,9 @@ class Session:
         (sock,) = fds
         if sum(session.admitted == admitted for session in self.supervisor.sessions) >= ADMITTED_MAX:
             why = f"{ADMITTED_MAX} sessions of users are open in it"
-            raise JailmgrError(f"jail {admitted['jail']}", why, "End some of them.", "unavailable")
+            raise JailmgrError(
+                f"jail {self.supervisor.host.full_name(admitted['jail'])}", why, "End some of them.", "unavailable"
+            )
         self.supervisor.add_session(socket.socket(fileno=os.dup(sock))).admit(admitted)
         self.tell({})
 
@@ -235,7 +246,7 @@ class Session:
         """A jail for one program, with the caller's pipes; it is killed when the caller goes."""
         name, supervisor = body["jail"], self.supervisor
         if name in supervisor.jails or len(fds) != 3:
-            raise JailmgrError(f"jail {name}", "is already running", "", "conflict")
+            raise JailmgrError(f"jail {supervisor.host.full_name(name)}", "is already running", "", "conflict")
         _check_stdio(fds)
         jail = Jail(supervisor.host, name, body["lib"])
         jail.start(stdio=spawn.Stdio(*fds))
@@ -391,18 +402,20 @@ def _give_pipes(fds: list[int], base: int) -> None:
 def _busy(jail: Jail) -> JailmgrError:
     if jail.once:
         why = "something is being copied to or from it"
-        return JailmgrError(f"jail {jail.name}", why, "Try again when that is done.", "conflict")
+        return JailmgrError(f"jail {jail.full_name}", why, "Try again when that is done.", "conflict")
     if not jail.running:
         # It would be forgotten when that which now takes its place has ended.
-        why, hint = "is about to be started again", f"Stop it first: jailmgr stop {jail.name}"
-        return JailmgrError(f"jail {jail.name}", why, hint, "conflict")
-    return JailmgrError(f"jail {jail.name}", "is already running", "", "conflict")
+        why, hint = "is about to be started again", f"Stop it first: jailmgr stop {jail.full_name}"
+        return JailmgrError(f"jail {jail.full_name}", why, hint, "conflict")
+    return JailmgrError(f"jail {jail.full_name}", "is already running", "", "conflict")
 
 
 def _check_not_paused(jail: Jail, hierarchies: cgroups.Hierarchies) -> None:
     """Who enters a frozen group waits until it is thawed."""
     if cgroups.is_frozen(hierarchies, jail.bundle.cgroup):
-        raise JailmgrError(f"jail {jail.name}", "is paused", f"Resume it: jailmgr resume {jail.name}", "conflict")
+        raise JailmgrError(
+            f"jail {jail.full_name}", "is paused", f"Resume it: jailmgr resume {jail.full_name}", "conflict"
+        )
 
 
 def _check_stdio(fds: list[int]) -> None:

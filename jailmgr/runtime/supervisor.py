@@ -65,7 +65,12 @@ class Supervisor:
         """A jail that is alive; JailmgrError when it isn't."""
         jail = self.jails.get(name)
         if jail is None or not jail.running or jail.once:
-            raise JailmgrError(f"jail {name}", "is not running", f"Start it: jailmgr start {name}", "conflict")
+            raise JailmgrError(
+                f"jail {self.host.full_name(name)}",
+                "is not running",
+                f"Start it: jailmgr start {self.host.full_name(name)}",
+                "conflict",
+            )
         return jail
 
     def _accept(self) -> None:

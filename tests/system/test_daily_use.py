@@ -18,7 +18,8 @@ from tests.system.instance import Instance, instance_at, until
 EMPTY = ("list", "list -A", "port list", "tenant list", "tenant usage", "image list", "stop --all")
 UNKNOWN = (
     "info x", "show x", "get x user.a", "logs x", "exec x -- true", "console x", "cp x:/etc/passwd -", "stop x",
-    "start x", "delete x --force", "set x user.a=1", "rename x y", "port publish x 80:80", "tenant show y", "image show z",
+    "start x", "delete x --force", "set x user.a=1", "rename x y", "port publish x 80:80", "tenant show y",
+    "image show z",
 )  # fmt: skip
 
 
@@ -109,3 +110,29 @@ def test_no_rate_of_cpus_before_the_second_look(jm: Instance, busybox_jail: Make
     assert cpus() is None, "the whole count is no difference"
     rate = until(lambda: [found] if (found := cpus()) is not None else None)[0]
     assert 0 <= rate <= (os.cpu_count() or 1) * 1.1
+
+
+def test_hints_can_be_followed(jm: Instance, busybox_jail: MakeJail, other_tenant: str) -> None:
+    """Two jails of one name: what is printed about one of them never leads to the other."""
+    name = busybox_jail()
+    theirs = f"{other_tenant}/{name}"
+    assert jm("launch", "busybox", theirs).out == f"{theirs}\n"
+    as_them = {"JAILMGR_TENANT": other_tenant}
+    cases: list[tuple[tuple[str, ...], dict[str, str], str]] = [
+        (("delete", theirs), {}, theirs),
+        (("--tenant", other_tenant, "delete", name), {}, theirs),
+        (("delete", name), as_them, name),
+        (("delete", f"default/{name}"), as_them, f"default/{name}"),
+        (("delete", name), {}, name),
+    ]
+    for words, env, meant in cases:
+        told = jm.refused(*words, env=env).err
+        assert f"Error: jail {meant}: " in told
+        assert f"(jailmgr stop {meant})" in told
+    jm("stop", theirs)
+    assert jm.status(name) == "Running"
+    assert f"jailmgr start {theirs}" in jm.refused("exec", theirs, "--", "true", status=125).err
+    assert f"jail {theirs}x" in jm.refused("info", f"{theirs}x").err
+    assert jm("launch", "busybox", "again", env=as_them).out == "again\n"
+    jm("delete", "--force", f"{other_tenant}/again")
+    jm("delete", theirs)
