@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime.attach import connect
 from tests.system.conftest import MakeJail
 from tests.system.instance import COMMAND, Instance
 
@@ -143,3 +145,22 @@ def test_a_full_disk_is_reported(jm: Instance, jail: str, tmp_path: Path, count:
         subprocess.run(["umount", small], check=True)
     assert done.returncode == 125, what
     assert "Error: writing to stdout: No space left on device" in done.stderr
+
+
+def test_the_supervisor_refuses_files_of_the_host(jm: Instance, jail: str, tmp_path: Path) -> None:
+    """Whatever the command line passes, the supervisor lets only anonymous pipes and /dev/null into a jail."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("x")
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        for path in (tmp_path / "fifo", tmp_path / "file"):
+            fd = os.open(path, os.O_RDWR)
+            try:
+                with connect(jm.root, "default", start=False) as supervisor, pytest.raises(JailmgrError) as caught:
+                    supervisor.ask("exec", [fd, null, null], jail=jail, args=["true"], env={}, within=20.0)
+            finally:
+                os.close(fd)
+            assert caught.value.code == "invalid"
+            assert "only pipes and /dev/null" in caught.value.why
+    finally:
+        os.close(null)
