@@ -12,6 +12,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.runtime.attach import connect
 from tests.system.conftest import MakeJail
 from tests.system.instance import COMMAND, Instance
+from tests.system.users import ALICE, alices_tenant, become
 
 
 @pytest.fixture
@@ -164,3 +165,18 @@ def test_the_supervisor_refuses_files_of_the_host(jm: Instance, jail: str, tmp_p
             assert "only pipes and /dev/null" in caught.value.why
     finally:
         os.close(null)
+
+
+def test_files_of_a_user(jm: Instance, tmp_path: Path) -> None:
+    """Who isn't root has pipes of the supervisor's: every byte, one order, and no file inside."""
+    content = os.urandom(1 << 20) + b"end"
+    (tmp_path / "in").write_bytes(content)
+    numbers = "i=0; while [ $i -lt 1000 ]; do echo $i; i=$((i+1)); echo $i >&2; i=$((i+1)); done"
+    with alices_tenant(jm) as tenant:
+        command = " ".join(become(ALICE))
+        done = shell(jm, f"{command} exec $t/web -- cat < in > out", tmp_path, t=tenant)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "out").read_bytes() == content
+        done = shell(jm, f"{command} exec $t/web -- sh -c '{numbers}' > out 2>&1", tmp_path, t=tenant)
+        assert done.returncode == 0
+        assert [int(line) for line in (tmp_path / "out").read_text().split()] == list(range(1000))
