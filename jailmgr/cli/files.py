@@ -15,10 +15,10 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.output import remark
-from jailmgr.cli.settings import Settings, split_name, wrong_usage
+from jailmgr.cli.settings import Settings, name_of, split_name, wrong_usage
 from jailmgr.errors import JailmgrError
 
 MEMORY = 1 << 30
@@ -113,7 +113,7 @@ def copy_out(settings: Settings, source: Jailed, target: str) -> None:
         transfer(take, lambda end: copy.copy_out(settings.root, tenant, jail, path, end), tarfile.ReadError)
     except (tarfile.TarError, MemoryError) as error:
         why = f"what came out is not a tar that can be read ({str(error) or 'sizes beyond reason'})"
-        raise JailmgrError(f"cp {jail}:{path}", why) from error
+        raise JailmgrError(f"cp {name_of(tenant, jail)}:{path}", why) from error
 
 
 def check_jail(settings: Settings, tenant: str, jail: str) -> None:
@@ -121,7 +121,7 @@ def check_jail(settings: Settings, tenant: str, jail: str) -> None:
     from jailmgr.runtime.state import read_state
 
     if os.geteuid() != 0 or read_state(settings.root, tenant, jail) is None:
-        ensure_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
+        existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
 
 
 def transfer(

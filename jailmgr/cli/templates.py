@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import Nothing, ensure_engine, existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.jails import wait_interruptible
 from jailmgr.cli.layout import local_time
@@ -31,10 +31,19 @@ def add(app: typer.Typer) -> None:
 
 def list_(settings: Settings) -> int:
     """List the templates, with their releases and variants."""
-    found = ensure_engine(settings.root).call("GET", "/1.0/templates")
+    connection = existing_engine(settings.root)
+    found = _bundled(settings) if isinstance(connection, Nothing) else connection.call("GET", "/1.0/templates")
     header = ["TEMPLATE", "RELEASES", "VARIANTS", "DESCRIPTION"]
     show(settings, found, lambda: table(header, [_row(template) for template in found]))
     return 0
+
+
+def _bundled(settings: Settings) -> list[dict[str, Any]]:
+    """The templates where the root does not exist, so that there is no engine to ask."""
+    from jailmgr.manager.host import Manager
+    from jailmgr.manager.images import list_templates
+
+    return list_templates(Manager(settings.root))
 
 
 def _row(template: dict[str, Any]) -> list[str]:
@@ -48,7 +57,9 @@ def _row(template: dict[str, Any]) -> list[str]:
 
 def show_(settings: Settings, name: Template) -> int:
     """Show what a template is made of."""
-    found = ensure_engine(settings.root).call("GET", f"/1.0/templates/{_path(name)}")
+    connection = existing_engine(settings.root)
+    here = {template["name"]: template for template in _bundled(settings)} if isinstance(connection, Nothing) else {}
+    found = here[name] if name in here else connection.call("GET", f"/1.0/templates/{_path(name)}")
     show(settings, found, lambda: _page(found))
     return 0
 

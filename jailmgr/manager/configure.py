@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import msgspec
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.keys import DEVICES, FIXED, SHORT, check_name, find_key, fold, is_live
 from jailmgr.manager import networks, shaping
 from jailmgr.manager.admission import admit, check_restricted
@@ -115,9 +115,9 @@ def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:
         return
     if runs:
         raise JailmgrError(
-            f"jail {old.name}",
+            f"jail {old.full_name}",
             "its network can't be changed while it runs",
-            f"Stop it: jailmgr stop {old.name}",
+            f"Stop it: jailmgr stop {old.full_name}",
             "conflict",
         )
     device = _nic(new)
@@ -171,10 +171,15 @@ def rename(m: Manager, tenant: str, name: str, new: str) -> None:
             return
         if is_up(m, jail):
             why = "it is running" if running(m, jail) else "it is about to be started again"
-            raise JailmgrError(f"jail {name}", why, f"Stop it first: jailmgr stop {name}", "conflict")
+            raise JailmgrError(
+                f"jail {full_name(tenant, name)}",
+                why,
+                f"Stop it first: jailmgr stop {full_name(tenant, name)}",
+                "conflict",
+            )
         with m.store.transaction():
             if m.store.name_taken(tenant, new):
-                raise JailmgrError(f"jail {new}", "already exists", "Choose another name.", "exists")
+                raise JailmgrError(f"jail {full_name(tenant, new)}", "already exists", "Choose another name.", "exists")
             check_free(m, tenant, new)
             m.store.set_state(jail, RENAMING, new)
         finish_rename(m, Row(jail, RENAMING, new))

@@ -249,8 +249,8 @@ def delete_image(m: Manager, reference: str) -> None:
     image = find_image(m, reference)
     with m.image_lock:
         m.store.check_image_unused(image.fingerprint)
-        if name := image_of_stranger(m, image.fingerprint):
-            why = f"jail {name}, which the store does not know, is made of it"
+        if stranger := image_of_stranger(m, image.fingerprint):
+            why = f"jail {stranger}, which the store does not know, is made of it"
             raise JailmgrError(f"image {image.fingerprint[:12]}", why, ADOPT, "conflict")
         image_store.remove_image(m.pool, image.fingerprint)
         m.store.remove_image(image.fingerprint)

@@ -117,7 +117,7 @@ def _find(root: Root, engine: bool) -> list[Leftover]:
         found = [*_of_host(root, store, _Seen(all_up(root), engine), groups), *_of_disk(root, store, disk)]
         if not engine:
             found += [
-                Leftover(f"jail {row.jail.tenant}/{row.jail.name}, whose row says {row.state}")
+                Leftover(f"jail {row.jail.full_name}, whose row says {row.state}")
                 for row in store.rows()
                 if row.state != READY
             ]

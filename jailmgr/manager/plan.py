@@ -156,7 +156,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
     """
     image = m.store.find_image(jail.image)
     if image is None:
-        raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
+        raise JailmgrError(f"jail {jail.full_name}", f"its image {jail.image[:12]} is gone", "", "missing")
     tenant = m.store.tenant(jail.tenant)
     shape = shape_of(m.root, tenant, jail)
     variables = {

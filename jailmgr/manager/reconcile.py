@@ -52,7 +52,7 @@ def reconcile(m: Manager) -> None:
         attempt("images", partial(_compare_images, m))
     for row in m.store.rows():
         if row.state != READY:
-            attempt(f"jail {row.jail.name}, {row.state}", partial(_finish, m, row))
+            attempt(f"jail {row.jail.full_name}, {row.state}", partial(_finish, m, row))
     alive = [jail for jail in m.store.jails() if is_up(m, jail)]
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import msgspec
 
 from jailmgr.config import Root
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import kept
 from jailmgr.manager.host import ADOPT, BUILD_TENANT, Manager
 from jailmgr.manager.kept import OnDisk
@@ -117,7 +117,7 @@ def check_free(m: Manager, tenant: str, name: str) -> None:
             f"{' and '.join(there)} of that name already exist{'s' * (len(there) == 1)}, and the store does not know it"
         )
         hint = f"{ADOPT} Or remove what `jailmgr doctor` names, or choose another name."
-        raise JailmgrError(f"jail {name}", why, hint, "conflict")
+        raise JailmgrError(f"jail {full_name(tenant, name)}", why, hint, "conflict")
 
 
 def check_tenant_free(m: Manager, tenant: str) -> None:
@@ -146,10 +146,10 @@ def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, Jail]]:
 
 
 def image_of_stranger(m: Manager, fingerprint: str) -> str | None:
-    """Name of a jail that is made of the image and that the store does not know; None where there is none."""
+    """Full name of a jail that is made of the image and that the store does not know; None where there is none."""
     for one in m.strangers.values():
         if one.on_disk.kept is not None and one.on_disk.kept.jail.image == fingerprint:
-            return f"{one.tenant}/{one.name}"
+            return full_name(one.tenant, one.name)
     return None
 
 

@@ -40,7 +40,10 @@ def adopt_all(host: Host, jails: dict[str, Jail]) -> None:
 def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     state = load_state(host.run, name)
     if state is None:
-        print(f"jail {name}: {host.run}/{name}.json is of another release, or broken: left alone", file=sys.stderr)
+        print(
+            f"jail {host.full_name(name)}: {host.run}/{name}.json is of another release, or broken: left alone",
+            file=sys.stderr,
+        )
         return
     try:
         jail = Jail(host, name, state.lib)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.errors import JailmgrError, from_dict, full_name
 from jailmgr.runtime import compact_json, protocol
 
 TYPE_CHECKING = False
@@ -202,7 +202,12 @@ def connect_running(root: Root, tenant: str, jail: str) -> Supervisor:
     from jailmgr.runtime.state import running_jails
 
     if jail not in running_jails(root, tenant):
-        raise JailmgrError(f"jail {jail}", "is not running", f"Start it: jailmgr start {jail}", "conflict")
+        raise JailmgrError(
+            f"jail {full_name(tenant, jail)}",
+            "is not running",
+            f"Start it: jailmgr start {full_name(tenant, jail)}",
+            "conflict",
+        )
     return connect(root, tenant)
 
 

@@ -73,6 +73,8 @@ class Jail:
         self.once = False
         """Runs for a client, with its pipes (state.State): a reboot ends it, and nobody starts it again."""
         self.killed = False
+        self.timed_out = False
+        """Killed since init has not ended in the time that a stop gave it."""
         self._reaped = False
         self._reap_timer: Timer | None = None
         self.kill_timer: Timer | None = None
@@ -146,6 +148,7 @@ class Jail:
         self.once = stdio is not None or payload is not None
         bpf = self.host.filter(bundle.seccomp)
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
+        self.timed_out = False
         try:
             make_groups(hierarchies, bundle)
         except BaseException:
@@ -304,6 +307,7 @@ class Jail:
         killed = status == signal.SIGKILL
         out_of_memory = killed and cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills
         told = ending(status, stopping=self.stopping, ours=self.ours, killed=self.killed, out_of_memory=out_of_memory)
+        told["timed_out"] = self.timed_out and killed
         self.host.loop.forget(self.pidfd)
         os.close(self.pidfd)
         if self.kill_timer is not None:
@@ -355,9 +359,17 @@ class Jail:
             self.start_timer.cancel()
             self.start_timer = None
 
+    @property
+    def full_name(self) -> str:
+        return self.host.full_name(self.name)
+
     def kill_after(self, seconds: float) -> None:
         """Kill it then, unless it has ended."""
-        self.kill_timer = self.host.loop.after(seconds, self._kill)
+        self.kill_timer = self.host.loop.after(seconds, self._kill_late)
+
+    def _kill_late(self) -> None:
+        self.timed_out = self.running
+        self._kill()
 
     def _start_again(self) -> None:
         try:
