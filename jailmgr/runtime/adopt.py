@@ -81,7 +81,8 @@ def _forget(host: Host, name: str, state: State, error: JailmgrError) -> None:
         remove_state(host.run, name)
         return
     os.close(pidfd)
-    print(f"jail {name}: process {state.pid} runs, and is left alone: {error}", file=sys.stderr)
+    why = f"process {state.pid} runs, and is left alone: {error}"
+    print(f"jail {host.full_name(name)}: {why}", file=sys.stderr)
 
 
 def _adopt_waiting(host: Host, jails: dict[str, Jail], name: str) -> None:

@@ -104,7 +104,7 @@ class Jail:
         if not mine or not bundle.cgroup.endswith(path) or (bundle.lower and not bundle.volume.endswith(path)):
             why = f"the {CONFIG} in {self.lib} is that of {bundle.tenant}/{bundle.jail}, on {bundle.volume}"
             hint = "Nothing was changed. An engine that starts writes it again: jailmgr engine stop; jailmgr list."
-            raise JailmgrError(f"jail {self.name}", why, hint, "conflict")
+            raise JailmgrError(f"jail {self.full_name}", why, hint, "conflict")
         return bundle
 
     def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None, bundle: Bundle | None = None) -> None:

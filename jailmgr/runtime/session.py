@@ -214,7 +214,7 @@ class Session:
         if ending["kind"] == STUCK:
             why = f"it has not ended {KILL_SECONDS:.0f} s after SIGKILL; left: {' '.join(map(str, ending['pids']))}"
             hint = "Its processes wait in the kernel, for a disk or a file server perhaps. Try again later."
-            self.tell(told(JailmgrError(f"jail {name}", why, hint)))
+            self.tell(told(JailmgrError(f"jail {self.supervisor.host.full_name(name)}", why, hint)))
             return
         self.tell({"last": ending})
 

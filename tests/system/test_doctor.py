@@ -55,6 +55,7 @@ def sysctls() -> Iterator[None]:
             path.write_text(value)
 
 
+@pytest.mark.xdist_group("doctor-fix")
 def test_what_a_running_engine_keeps_is_no_leftover(jm: Instance, sysctls: None) -> None:
     """After the last jail has gone, too: a bridge, its DNS server and the rules are there for the next one."""
     assert jm.json("list", "--all-tenants") == []
@@ -71,6 +72,7 @@ def test_what_a_running_engine_keeps_is_no_leftover(jm: Instance, sysctls: None)
     assert kept() == before
 
 
+@pytest.mark.xdist_group("doctor-fix")
 def test_fix_raises_a_sysctl(jm: Instance, sysctls: None) -> None:
     INSTANCES.write_text("128")
     low = checks(jm)["fs.inotify.max_user_instances"]

@@ -19,6 +19,9 @@ import pytest
 
 from tests.system.instance import Instance, Result, alive
 
+pytestmark = pytest.mark.xdist_group("doctor-fix")
+"""`doctor --fix` raises the host's sysctls, which test_doctor.py lowers: one after the other."""
+
 BUILD_WITHIN = 300
 LAUNCH = ("launch", "busybox")
 PING = "busybox ping -c 1 -w 5 $(ip route | awk '/^default/ { print $3 }')"

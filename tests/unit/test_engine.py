@@ -472,7 +472,7 @@ def test_internal_errors_are_told_without_their_text(
 
 
 def test_cancel(client: Client, fake: Callable[..., Spy]) -> None:
-    def build(_source: str, _progress: object, cancelled: Callable[[], bool]) -> None:
+    def build(_source: str, _progress: object, cancelled: Callable[[], bool], _refresh: bool) -> None:
         deadline = time.monotonic() + 20
         while not cancelled():
             assert time.monotonic() < deadline
