@@ -167,7 +167,7 @@ _NOUNS = {"instances": "jail", "projects": "tenant", "images": "image", "ports":
 
 def existing_engine(root: Root) -> Connection:
     """As `ensure_engine`, for commands about what is there already: where the root does not exist, none is made."""
-    if os.geteuid() == 0 and not os.path.isdir(root.at or root.lib):
+    if os.geteuid() == 0 and not os.path.exists(root.at or root.lib):
         return Nothing(root)
     return ensure_engine(root)
 
