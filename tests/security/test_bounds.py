@@ -125,7 +125,8 @@ def test_a_fork_bomb_leaves_the_host_usable(jm: Instance, busybox_jail: MakeJail
     assert read(f"{pids}/pids.max") == str(BOMB_MAX), "no bomb without its limit"
     bomb = jm.popen("exec", name, "--", "/bin/sh", "-c", BOMB, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until(lambda: int(read(f"{pids}/pids.events").split()[1]) >= 1, 20, "a fork of the bomb fails")
+        # Not by pids.events: Linux before 6.11 counts there, on v2, what failed in the group itself and not below.
+        until(lambda: int(read(f"{pids}/pids.current")) >= BOMB_MAX - 5, 20, "the bomb reaches the limit")
         for _ in range(20):
             assert subprocess.run(["true"], timeout=10).returncode == 0
         # The shell ends at the fork that failed; what it has started sleeps on.
