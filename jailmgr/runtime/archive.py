@@ -165,8 +165,8 @@ class Writer:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EAGAIN, "was replaced while it was copied")
-            content, whole = _read_up_to(fd, _WHOLE)
-            if not whole and status.st_size <= len(content):
+            content, whole = _read_up_to(fd, min(status.st_size + 1, _WHOLE) if status.st_size else _WHOLE)
+            if not whole and status.st_size < len(content):
                 rest, whole = _read_up_to(fd, _UNSIZED_MAX)
                 content += rest
                 if not whole:

@@ -134,10 +134,7 @@ def _extract_one(
         if not _may(member, rules):
             found.append(f"{os.fsdecode(member.name)}: left out, neither file, folder nor link")
             return
-        try:
-            os.unlink(name, dir_fd=at)
-        except FileNotFoundError:
-            pass
+        _clear(name, at)
         if member.kind == pax.LINK:
             *others, other = place(member.target, renamed)
             with _folder(top, others) as source:
@@ -151,6 +148,14 @@ def _extract_one(
                 os.close(fd)
         else:
             _make(member, name, at, rules, found)
+
+
+def _clear(name: bytes, at: int) -> None:
+    """Remove what is there, unless it is a folder."""
+    try:
+        os.unlink(name, dir_fd=at)
+    except FileNotFoundError:
+        return
 
 
 def _may(member: pax.Member, rules: Rules) -> bool:
@@ -179,10 +184,7 @@ def _make(member: pax.Member, name: bytes, at: int, rules: Rules, found: list[st
 
 
 def _write(reader: pax.Reader, fd: int) -> None:
-    while part := reader.read():
-        left = memoryview(part)
-        while left:
-            left = left[os.write(fd, left) :]
+    reader.write_to(fd)
 
 
 def _times(member: pax.Member) -> tuple[int, int]:

@@ -6,6 +6,7 @@ owners (CVE-2019-14271 was that). Only members that `cp` can make are written an
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from jailmgr.errors import JailmgrError
 
 BLOCK = 512
 CHUNK = 1 << 18
+_SPLICED = 1 << 20
 HEADER_MAX = 4 << 20
 """Bytes of one member's pax records: the stream may be a hostile guest's, and the records are kept in memory."""
 
@@ -42,6 +44,8 @@ class Member(NamedTuple):
 
 def header(member: Member) -> bytes:
     """Return the blocks that stand before a member's content."""
+    if member.kind == FOLDER and not member.name.endswith(b"/"):
+        member = member._replace(name=member.name + b"/")
     records = _records(member)
     if not records:
         return _block(member, member.name, member.kind, member.size)
@@ -160,6 +164,27 @@ class Reader:
             raise broken("it ends early")
         self._left -= len(part)
         return part
+
+    def write_to(self, fd: int) -> None:
+        """Write the member's content to a file. Most of it goes from the pipe to the file in the kernel (splice(2))."""
+        direct = True
+        while self._left:
+            if direct and self._at == len(self._kept):
+                try:
+                    moved = os.splice(self.fd, fd, min(_SPLICED, self._left))
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    # One of the two is neither a pipe nor a file that splice knows.
+                    direct = False
+                    continue
+                if not moved:
+                    raise broken("it ends early")
+                self._left -= moved
+                continue
+            part = memoryview(self.read())
+            while part:
+                part = part[os.write(fd, part) :]
 
     def drain(self) -> None:
         """Read what follows the end, for its writer not to meet a closed pipe."""
