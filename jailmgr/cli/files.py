@@ -259,7 +259,7 @@ def _to_stdout(reader: pax.Reader) -> list[str]:
             member = reader.next()
         if not single:
             out.put(pax.end())
-    except JailmgrError:
+    except BaseException:
         if not single:
             out.put(pax.broken_end())
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,29 @@ def test_equal_inode_numbers_are_no_hard_links_if_the_content_differs(
     unpack(stream(tree), str(tmp_path / "copy"))
     copied = {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()}
     assert copied == {"a": "a", "a2": "a", "b": "b", "b2": "b"}
+
+
+def test_tar_reports_an_archive_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two members GNU tar takes the end of the stream for the end of the archive."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("a", "b"):
+        (tree / name).write_text(name)
+    whole = archive.Writer.add
+
+    def add(self: archive.Writer, path: str, name: bytes) -> None:
+        if name.endswith(b"b"):
+            raise MemoryError
+        whole(self, path, name)
+
+    monkeypatch.setattr(archive.Writer, "add", add)
+    written = os.open(tmp_path / "a.tar", os.O_WRONLY | os.O_CREAT, 0o600)
+    FILES.append(written)
+    with pytest.raises(MemoryError):
+        archive.write_tree(str(tree), written, True)
+    done = subprocess.run(["tar", "-tf", tmp_path / "a.tar"], capture_output=True, text=True)
+    assert "tree/a" in done.stdout
+    assert done.returncode == 2, done.stderr
 
 
 def test_a_file_is_never_wider_than_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
