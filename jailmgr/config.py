@@ -127,11 +127,15 @@ class Root(Record):
 def find_root(root: str | None = None) -> Root:
     """The instance meant by `--root`, else JAILMGR_ROOT, else the host's own.
 
-    Raises JailmgrError where the path can't hold a socket (unix(7): 107 bytes).
+    Raises JailmgrError for a relative path, which would be another root in each directory, and for one that can't hold
+    a socket (unix(7): 107 bytes).
     """
     at = root or os.environ.get("JAILMGR_ROOT") or ""
     if not at:
         return Root("/var/lib/jailmgr", "/run/jailmgr", "/etc/jailmgr", "")
+    if at[0] != "/":
+        hint = f"Give the whole path, such as {os.path.abspath(at)}."
+        raise JailmgrError(f"root {at}", "the path is not absolute", hint, "invalid")
     at = os.path.realpath(at)
     checksum, mark = crc32(os.fsencode(at)), ""
     for _ in range(5):

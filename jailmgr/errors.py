@@ -41,6 +41,14 @@ class JailmgrError(Exception):
         return {"what": self.what, "why": self.why, "hint": self.hint, "code": self.code}
 
 
+def full_name(tenant: str, jail: str) -> str:
+    """A jail's name that means it in every context. In errors, and in the commands of hints, it has no other.
+
+    The command line leaves out the caller's own tenant (cli/settings.py: `in_context`).
+    """
+    return f"{tenant}/{jail}"
+
+
 def from_dict(told: dict[str, str]) -> JailmgrError:
     """The error that `as_dict` told, on the other side of a socket."""
     code = told.get("code", "failed")

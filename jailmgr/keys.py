@@ -37,6 +37,10 @@ Devices = dict[str, dict[str, str]]
 MEMORY_MIN = 4 << 20
 """Less than this no init survives its own exec."""
 DISK_MIN = 1 << 20
+CONNECTIONS = 4096
+"""`limits.connections` of a jail where it isn't set: a hundredth or so of what a host can keep (nf_conntrack_max)."""
+CONNECTIONS_MAX = 16384
+"""The kernel goes through all that it has counted as it counts another: 2 ms for so many, 25 for four times as many."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9._-]{1,255}\Z", re.ASCII)
@@ -59,6 +63,12 @@ CONFIG: dict[str, Key] = {
     "boot.stop.priority": Key(
         whole(0, 1_000_000), True, "Order of stopping among the tenant's when the host goes down; the highest first."
     ),
+    "limits.connections": Key(
+        whole(1, CONNECTIONS_MAX),
+        True,
+        "Number of connections that the jail may open, and as many that the world may open to it by IPv4, and by IPv6. "
+        "The default is 4096. A new limit counts none of those that are open.",
+    ),
     "limits.cpu": Key(
         whole(1, 4096), True, "Number of CPUs: so much of their time, on so many of the host's, which is what it sees."
     ),
@@ -74,7 +84,11 @@ CONFIG: dict[str, Key] = {
         at_least(1), True, "Bytes of it that are not taken for other jails of the tenant; on cgroup v2."
     ),
     "limits.memory.swap": Key(swap, True, "`false`: no swap; a size: that much; `true`: as the host allows."),
-    "limits.processes": Key(whole(1, 4_194_304), True, "Number of processes and threads."),
+    "limits.processes": Key(
+        whole(1, 4_194_304),
+        True,
+        "Number of processes and threads; where it isn't set, 8192, of which none is promised.",
+    ),
     "restart": Key(
         one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
     ),

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from jailmgr.errors import full_name
+
 
 class Recipe(msgspec.Struct, frozen=True):
     """What an image tells of how its jails are run; it comes from the template."""
@@ -97,6 +99,11 @@ class Jail(msgspec.Struct, frozen=True):
     idmap_base: int
     nics: list[Nic] = []
 
+    @property
+    def full_name(self) -> str:
+        """`TENANT/NAME`, as errors and hints name it."""
+        return full_name(self.tenant, self.name)
+
 
 class Tenant(msgspec.Struct, frozen=True):
     """`uid`: the host uid that makes this tenant's user namespaces, so that per-user kernel counts are its own."""
@@ -125,7 +132,10 @@ class Amounts(msgspec.Struct, frozen=True):
 
 
 class Used(Amounts, frozen=True):
-    """What a tenant's jails use now; `instances` are those that run, `cpu` is the mean since it was last looked at."""
+    """What a tenant's jails use now; `instances` are those that run.
+
+    `cpu` is the mean since it was last looked at, None where this engine has not looked before.
+    """
 
     cpu_ns: int | None = None
 
@@ -198,6 +208,15 @@ class Ending(msgspec.Struct, frozen=True):
     by: str
     status: int = 0
     """Exit status for `exit`, signal number for `signal`."""
+    timed_out: bool = False
+    """Init was asked to end, did not in time, and was killed."""
+
+
+class Stopped(msgspec.Struct, frozen=True):
+    """How a stop went. `killed_after`: the seconds that init had, where it did not end in them."""
+
+    last: Ending
+    killed_after: int | None = None
 
 
 class JailView(msgspec.Struct, frozen=True, omit_defaults=False):

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from jailmgr.database import Database
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.key_checks import near_miss
 from jailmgr.keys import Config, Devices
 from jailmgr.model import Image, Jail, Network, Nic, Port, Tenant
@@ -183,7 +183,8 @@ class Store(Database):
 
     def check_image_unused(self, fingerprint: str) -> None:
         """JailmgrError `conflict` where a jail is made of the image."""
-        users = [row[0] for row in self.select("SELECT name FROM jails WHERE image = ? LIMIT 4", fingerprint)]
+        found = self.select("SELECT tenant, name FROM jails WHERE image = ? LIMIT 4", fingerprint)
+        users = [full_name(tenant, name) for tenant, name in found]
         if users:
             told = ", ".join(users[:3]) + (" and others" if len(users) > 3 else "")
             hint = "Delete them first."
@@ -247,11 +248,14 @@ class Store(Database):
         row = self.find_row(tenant, name)
         if row is None:
             names = [found[0] for found in self.select("SELECT name FROM jails WHERE tenant = ?", tenant)]
-            hint = near_miss(name, names) or "See jailmgr list."
-            raise JailmgrError(f"jail {name}", "there is none of that name", hint, "missing")
+            close = near_miss(name, names, "{}")
+            hint = f"Did you mean {full_name(tenant, close)}?" if close else "See jailmgr list --all-tenants."
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "there is none of that name", hint, "missing")
         if row.state != READY:
             doing = {CREATING: "created", DELETING: "deleted", RENAMING: "renamed"}[row.state]
-            raise JailmgrError(f"jail {name}", f"it is being {doing}", "Try again when that is done.", "conflict")
+            raise JailmgrError(
+                f"jail {full_name(tenant, name)}", f"it is being {doing}", "Try again when that is done.", "conflict"
+            )
         return row.jail
 
     def name_taken(self, tenant: str, name: str) -> bool:
@@ -262,7 +266,10 @@ class Store(Database):
         with self.transaction() as db:
             if self.name_taken(tenant, name):
                 raise JailmgrError(
-                    f"jail {name}", "there is one of that name already", "Choose another, or delete it first.", "exists"
+                    f"jail {full_name(tenant, name)}",
+                    "there is one of that name already",
+                    "Choose another, or delete it first.",
+                    "exists",
                 )
             db.execute(
                 "INSERT INTO jails (tenant, name, state, image, source, created_at, config, devices, idmap_base)"
@@ -301,7 +308,7 @@ class Store(Database):
                     ),
                 )
             except sqlite3.IntegrityError as error:
-                raise JailmgrError(f"jail {jail.name}", f"its place is taken ({error})", "", "exists") from None
+                raise JailmgrError(f"jail {jail.full_name}", f"its place is taken ({error})", "", "exists") from None
             by_name = {network.name: network for network in networks}
             self.set_nics(jail, [(by_name[nic.network], nic) for nic in jail.nics])
             self.set_ports(jail, ports)
@@ -353,7 +360,8 @@ class Store(Database):
             try:
                 db.execute("UPDATE jails SET state = ?, next = ? WHERE id = ?", (state, next_name, jail.id))
             except sqlite3.IntegrityError:
-                raise JailmgrError(f"jail {next_name}", "the name is being given to another", "", "exists") from None
+                taken = full_name(jail.tenant, next_name or jail.name)
+                raise JailmgrError(f"jail {taken}", "the name is being given to another", "", "exists") from None
 
     def set_name(self, jail: Jail, name: str) -> None:
         """End a rename: the row gets its new name and is ready."""

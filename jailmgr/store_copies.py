@@ -82,9 +82,8 @@ def holds(path: str) -> bool:
 
 
 def best(path: str) -> str:
-    """The newest copy that holds jails or tenants, else the newest that is there; empty where there is none."""
-    there = [copy for ending in ENDINGS if os.path.isfile(copy := f"{path}{ending}")]
-    return next(filter(holds, there), there[0] if there else "")
+    """The newest copy that holds jails or tenants; empty where there is none."""
+    return next((copy for ending in ENDINGS if holds(copy := f"{path}{ending}")), "")
 
 
 def _move_on(path: str, new_holds: bool) -> None:

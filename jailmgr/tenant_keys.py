@@ -26,7 +26,7 @@ from jailmgr.key_checks import (
     truth,
     whole,
 )  # fmt: skip
-from jailmgr.keys import DISK_MIN, MEMORY_MIN, PREFIXES, Config
+from jailmgr.keys import CONNECTIONS_MAX, DISK_MIN, MEMORY_MIN, PREFIXES, Config
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\$?\Z", re.ASCII)
 _SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,254}\Z", re.ASCII)
@@ -67,6 +67,12 @@ TENANT: dict[str, Key] = {
     "groups": Key(
         _words(_ACCOUNT, "the name of a group"), True,
         "Groups of the host whose members may use the tenant, as `class-a,class-b`.",
+    ),
+    "limits.connections": Key(
+        whole(1, CONNECTIONS_MAX), True,
+        "Number of connections that all of its jails together may open, and as many that the world may open to them. "
+        "Where it isn't set: no limit; in a tenant that has `users` or `groups` 16384. A new limit counts none "
+        "of those that are open.",
     ),
     "limits.cpu": Key(whole(1, 4096), True, "Number of CPUs' worth of time for all of its jails together."),
     "limits.cpu.allowance": Key(

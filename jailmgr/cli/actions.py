@@ -5,8 +5,8 @@ On the hot way: standard library only, and little of it.
 
 from __future__ import annotations
 
-from jailmgr.cli.settings import Settings, split_name, wrong_usage
-from jailmgr.errors import JailmgrError
+from jailmgr.cli.settings import Settings, name_of, split_name, wrong_usage
+from jailmgr.errors import JailmgrError, full_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ ELIGIBLE = {
 
 WORD = {"freeze": "pause", "unfreeze": "resume"}
 """Actions of the API whose command has another name."""
+
+
+_IDLE = dict.fromkeys(("stop", "restart"), "waiting for init to end (--force kills it)")
+"""What is shown while these take long."""
 
 
 class Failures(JailmgrError):
@@ -72,8 +76,12 @@ def check_known(settings: Settings, tenant: str, jail: str) -> None:
     import os
 
     if os.geteuid() == 0 and not os.path.isdir(settings.root.jail_lib(tenant, jail)):
-        name = jail if tenant == "default" else f"{tenant}/{jail}"
-        raise JailmgrError(f"jail {name}", "there is none of that name", "See jailmgr list --all-tenants.", "missing")
+        raise JailmgrError(
+            f"jail {full_name(tenant, jail)}",
+            "there is none of that name",
+            "See jailmgr list --all-tenants.",
+            "missing",
+        )
 
 
 def _variables(given: list[str]) -> dict[str, str]:
@@ -106,23 +114,23 @@ def stop(
 
 def list_(settings: Settings, all_tenants: bool = False) -> int:
     """The tenant's jails, or everybody's, with limits beside usage."""
-    from jailmgr.cli.client import ensure_engine
+    from jailmgr.cli.client import existing_engine
     from jailmgr.cli.layout import jail_table
     from jailmgr.cli.output import show
 
     whose = "all-projects=true" if all_tenants else f"project={settings.tenant}"
-    views = ensure_engine(settings.root).call("GET", f"/1.0/instances?recursion=2&{whose}")
+    views = existing_engine(settings.root).call("GET", f"/1.0/instances?recursion=2&{whose}")
     show(settings, views, lambda: jail_table(views, all_tenants))
     return 0
 
 
 def change(settings: Settings, action: str, names: list[str] | None, all_: bool, body: dict[str, Any]) -> int:
     """Ask for a change of several jails at once, then wait for each. Raises Failures where any failed."""
-    from jailmgr.cli.client import ensure_engine
+    from jailmgr.cli.client import existing_engine
 
     check_targets(WORD.get(action, action), names, all_)
     named = list(dict.fromkeys(split_name(settings, name) for name in names or []))
-    connection = ensure_engine(settings.root)
+    connection = existing_engine(settings.root)
     targets = named or find_eligible(settings, connection, action)
 
     def begin(tenant: str, name: str) -> Any:
@@ -151,8 +159,8 @@ def find_eligible(settings: Settings, connection: Any, action: str) -> list[tupl
 
 def finish(settings: Settings, connection: Any, word: str, targets: list[tuple[str, str]], begin: Any) -> int:
     """Begin the operation of each target, so that they run side by side, and wait for them all."""
-    from jailmgr.cli.operations import wait
-    from jailmgr.cli.output import show
+    from jailmgr.cli.operations import result, wait
+    from jailmgr.cli.output import remark, show
 
     begun, done, errors = [], [], []
     for tenant, name in targets:
@@ -162,8 +170,14 @@ def finish(settings: Settings, connection: Any, word: str, targets: list[tuple[s
             errors.append(error)
     for tenant, name, operation in begun:
         try:
-            wait(settings, connection, operation, f"{word} {name}")
-            done.append({"name": name, "tenant": tenant, "action": word})
+            ended = result(
+                wait(settings, connection, operation, f"{word} {name_of(tenant, name)}", _IDLE.get(word, ""))
+            )
+            row = {"name": name, "tenant": tenant, "action": word}
+            if (seconds := ended.get("killed_after")) is not None:
+                remark(settings, f"{word} {name_of(tenant, name)}: killed after {seconds} s, for init had not ended")
+                row["killed_after"] = seconds
+            done.append(row)
         except JailmgrError as error:
             errors.append(error)
     if errors and len(targets) == 1:

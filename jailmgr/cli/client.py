@@ -60,7 +60,11 @@ class Connection:
             raise lost(self.root, str(error)) from error
         if status < 400:
             return answer
-        document = self._loads(answer)
+        try:
+            document = compact_json.loads(answer)
+        except ValueError:
+            hint = f"See {self.root.run}/engine.log."
+            raise JailmgrError("engine", f"it answered with HTTP status {status} and no reason", hint) from None
         told = document.get("metadata")
         if isinstance(told, dict) and "what" in told:
             raise from_dict(told)
@@ -135,6 +139,37 @@ def connect(root: Root) -> Connection | None:
         sock.close()
         raise from_os(f"engine at {root.socket}", error) from error
     return Connection(root, sock)
+
+
+class Nothing(Connection):
+    """In place of a connection where the root does not exist: no list has anything in it, and nothing is found."""
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def call(self, method: str, path: str, body: object = None, within: float = ANSWER_WITHIN) -> Any:
+        """Answer like an engine that has nothing. Raises JailmgrError (missing) for everything else."""
+        # After /1.0: a collection, and what is meant in it.
+        noun, *names = path.partition("?")[0].split("/")[2:]
+        if method == "GET" and not names:
+            return []
+        at = self.root.at or self.root.lib
+        what = f"{_NOUNS.get(noun, noun)} {names[0]}" if names else f"root {at}"
+        hint = f"{at} does not exist: check JAILMGR_ROOT and --root."
+        raise JailmgrError(what, "not found", hint, "missing")
+
+
+_NOUNS = {"instances": "jail", "projects": "tenant", "images": "image", "ports": "port"}
+
+
+def existing_engine(root: Root) -> Connection:
+    """As `ensure_engine`, for commands about what is there already: where the root does not exist, none is made."""
+    if os.geteuid() == 0 and not os.path.isdir(root.at or root.lib):
+        return Nothing(root)
+    return ensure_engine(root)
 
 
 def ensure_engine(root: Root) -> Connection:

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.jails import Name
 from jailmgr.cli.layout import flat_keys
 from jailmgr.cli.output import fields, remark, show
 from jailmgr.cli.request import split_device, split_keys
-from jailmgr.cli.settings import Settings, split_name
+from jailmgr.cli.settings import Settings, name_of, split_name
 
 ALIASES = {
     "limits.disk": "root.size",
@@ -60,12 +60,14 @@ def unset(
 def _change(settings: Settings, name: str, config: dict[str, Any], devices: dict[str, dict[str, Any]]) -> int:
     tenant, jail = split_name(settings, name)
     body = {"config": config, "devices": devices}
-    answer = ensure_engine(settings.root).call("PATCH", f"/1.0/instances/{jail}?project={tenant}", body) or {}
+    answer = existing_engine(settings.root).call("PATCH", f"/1.0/instances/{jail}?project={tenant}", body) or {}
     waiting = answer.get("restart_needed") or []
     document = {"name": jail, "tenant": tenant, "restart_needed": waiting}
     show(settings, document, lambda: "")
     if waiting:
-        remark(settings, f"{', '.join(waiting)}: takes effect at the next start (jailmgr restart {jail})")
+        remark(
+            settings, f"{', '.join(waiting)}: takes effect at the next start (jailmgr restart {name_of(tenant, jail)})"
+        )
     return 0
 
 
@@ -93,5 +95,5 @@ def show_(settings: Settings, name: Name) -> int:
 
 def _look(settings: Settings, name: str) -> dict[str, Any]:
     tenant, jail = split_name(settings, name)
-    view: dict[str, Any] = ensure_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
+    view: dict[str, Any] = existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
     return view

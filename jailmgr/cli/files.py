@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
-from jailmgr.cli.settings import Settings, split_name, wrong_usage
+from jailmgr.cli.output import remark
+from jailmgr.cli.settings import Settings, name_of, split_name, wrong_usage
 from jailmgr.errors import JailmgrError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def copy_out(settings: Settings, source: Jailed, target: str) -> None:
         with _reported(missed):
             transfer(take, lambda end: copy.copy_out(settings.root, tenant, jail, path, end), pax.BrokenStreamError)
     except MemoryError as error:
-        raise JailmgrError(f"cp {jail}:{path}", "the archive has sizes beyond reason") from error
+        raise JailmgrError(f"cp {name_of(tenant, jail)}:{path}", "the archive has sizes beyond reason") from error
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def check_jail(settings: Settings, tenant: str, jail: str) -> None:
     from jailmgr.runtime.state import read_state
 
     if os.geteuid() != 0 or read_state(settings.root, tenant, jail) is None:
-        ensure_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
+        existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
 
 
 def transfer(

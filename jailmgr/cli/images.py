@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.layout import local_time
 from jailmgr.cli.output import fields, show, table
@@ -18,7 +18,7 @@ from jailmgr.units import format_size
 SHORT = 12
 """Digits of a fingerprint that are shown."""
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An alias, or the first digits of a fingerprint.")]
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="An alias, or a fingerprint's first digits, 4 or more.")]
 
 
 def add(app: typer.Typer) -> None:
@@ -30,7 +30,7 @@ def add(app: typer.Typer) -> None:
 
 def list_(settings: Settings) -> int:
     """List the images, with how many jails are made of each."""
-    found = ensure_engine(settings.root).call("GET", "/1.0/images")
+    found = existing_engine(settings.root).call("GET", "/1.0/images")
     header = ["FINGERPRINT", "ALIASES", "TEMPLATE", "SIZE", "CREATED", "JAILS"]
     show(settings, found, lambda: table(header, [_row(image) for image in found]))
     return 0
@@ -49,7 +49,7 @@ def _row(image: dict[str, Any]) -> list[str]:
 
 def show_(settings: Settings, image: Image) -> int:
     """Show an image and the packages in it."""
-    found = ensure_engine(settings.root).call("GET", f"/1.0/images/{_reference(image)}")
+    found = existing_engine(settings.root).call("GET", f"/1.0/images/{_reference(image)}")
     show(settings, found, lambda: _page(found))
     return 0
 
@@ -81,7 +81,7 @@ def delete(
 ) -> int:
     """Delete images that no jail is made of."""
     references = {image: _reference(image) for image in images}
-    connection, errors, done = ensure_engine(settings.root), [], []
+    connection, errors, done = existing_engine(settings.root), [], []
     for image, reference in references.items():
         try:
             connection.call("DELETE", f"/1.0/images/{reference}")

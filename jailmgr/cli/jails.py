@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from jailmgr.cli import actions
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import ensure_engine, existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.layout import jail_page
 from jailmgr.cli.operations import result, wait
 from jailmgr.cli.output import agree, show
 from jailmgr.cli.request import Wanted, instance_request
-from jailmgr.cli.settings import Settings, check_label, split_name
+from jailmgr.cli.settings import Settings, check_label, name_of, split_name
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Jails: NAME or TENANT/NAME.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A jail: NAME or TENANT/NAME.")]
@@ -108,9 +108,11 @@ def make(settings: Settings, word: str, source: str, name: str | None, wanted: W
     body = instance_request(source, name, wanted) | how
     connection = ensure_engine(settings.root)
     operation = connection.call("POST", f"/1.0/instances?project={tenant}", body)
-    made = result(wait_interruptible(settings, connection, operation, f"{word} {name or source}"))
+    made = result(
+        wait_interruptible(settings, connection, operation, f"{word} {name_of(tenant, name) if name else source}")
+    )
     document = {"name": made.get("name", name), "tenant": made.get("tenant", tenant)}
-    show(settings, document, lambda: str(document["name"]))
+    show(settings, document, lambda: name_of(str(document["tenant"]), str(document["name"])))
     return 0
 
 
@@ -184,9 +186,9 @@ def rename(
     if new.startswith(f"{tenant}/"):
         new = new[len(tenant) + 1 :]
     check_label("jail", new)
-    connection = ensure_engine(settings.root)
+    connection = existing_engine(settings.root)
     operation = connection.call("POST", f"/1.0/instances/{old}?project={tenant}", {"name": new})
-    wait(settings, connection, operation, f"rename {old}")
+    wait(settings, connection, operation, f"rename {name_of(tenant, old)}")
     show(settings, {"name": new, "tenant": tenant}, lambda: "")
     return 0
 
@@ -202,6 +204,6 @@ def list_(
 def info(settings: Settings, name: Name) -> int:
     """Show all there is to know of a jail."""
     tenant, jail = split_name(settings, name)
-    view = ensure_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
+    view = existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
     show(settings, view, lambda: jail_page(view))
     return 0

@@ -101,7 +101,7 @@ def span(seconds: float) -> str:
 
 
 def ending(last: View | None) -> str:
-    """`poweroff by guest at …`, `exit 1 by guest at …`, `signal 9 (SIGKILL) by admin at …`."""
+    """`poweroff by guest at …`, `exit 1 by guest at …`, `signal 9 (SIGKILL) by admin at …`, and why it was killed."""
     if not last:
         return "-"
     what = str(last.get("kind", "unknown"))
@@ -109,7 +109,8 @@ def ending(last: View | None) -> str:
         what = f"exit {last.get('status', 0)}"
     elif what == "signal":
         what = signal_name(int(last.get("status", 0)))
-    return f"{what} by {last.get('by', 'unknown')} at {local_time(last.get('at'))}"
+    late = ", init had not ended in time" if last.get("timed_out") else ""
+    return f"{what} by {last.get('by', 'unknown')} at {local_time(last.get('at'))}{late}"
 
 
 def signal_name(number: int) -> str:

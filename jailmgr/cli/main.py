@@ -25,6 +25,10 @@ def entry() -> NoReturn:
 
     Nor is garbage collected on the way: a command makes little of it and ends.
     """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        from jailmgr.runtime.standard_fds import open_closed
+
+        open_closed()
     gc.disable()
     status = main()
     for stream in (sys.stdout, sys.stderr):
@@ -120,4 +124,4 @@ def _known(error: Exception) -> JailmgrError:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

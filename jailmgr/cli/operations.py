@@ -22,16 +22,22 @@ CANCELLED = 401
 RUNNING = range(100, 200)
 
 
-def wait(settings: Settings, connection: Connection, operation: dict[str, Any], label: str) -> dict[str, Any]:
+def wait(
+    settings: Settings, connection: Connection, operation: dict[str, Any], label: str, idle: str = ""
+) -> dict[str, Any]:
     """The operation once it has ended well; raises the JailmgrError it ended with.
 
+    `idle`: what to show after a round in which the operation has neither ended nor reported a step.
     Ctrl-c cancels it, waits until it is undone and raises Cancelled. A second ctrl-c leaves at once.
     """
     progress = _Progress(settings, label)
     try:
         while operation["status_code"] in RUNNING:
             operation = _next(connection, operation)
-            progress.update((operation.get("metadata") or {}).get("progress"))
+            step = (operation.get("metadata") or {}).get("progress")
+            if idle and step is None and operation["status_code"] in RUNNING:
+                step = {"step": idle}
+            progress.update(step)
     except KeyboardInterrupt:
         progress.close()
         raise _cancel(settings, connection, operation, label) from None

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from jailmgr.cli.settings import Settings
+from jailmgr.cli.settings import Settings, in_context
 from jailmgr.errors import STATUS, JailmgrError
 
 TYPE_CHECKING = False
@@ -50,7 +50,7 @@ def write(text: str) -> None:
 def remark(settings: Settings, text: str) -> None:
     """A line for a person, on stderr; not with --quiet."""
     if not settings.quiet:
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(in_context(text)), file=sys.stderr, flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -134,17 +134,17 @@ def tell(error: JailmgrError, as_json: bool, others: Sequence[JailmgrError] = ()
         print(json.dumps(document), file=sys.stderr, flush=True)
         return
     for each in others or (error,):
-        print(f"Error: {printable(each.what)}: {printable(each.why)}", file=sys.stderr)
+        print(f"Error: {printable(in_context(f'{each.what}: {each.why}'))}", file=sys.stderr)
         if each.hint:
-            print(f"Hint: {printable(each.hint)}", file=sys.stderr)
+            print(f"Hint: {printable(in_context(each.hint))}", file=sys.stderr)
     sys.stderr.flush()
 
 
 def _error_document(error: JailmgrError) -> dict[str, Any]:
     return {
-        "error": f"{error.what}: {error.why}",
+        "error": in_context(f"{error.what}: {error.why}"),
         "error_code": STATUS.get(error.code, 500),
-        "hint": error.hint,
+        "hint": in_context(error.hint),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.jails import Name
 from jailmgr.cli.output import show, table
@@ -31,7 +31,7 @@ def publish(
     """Lead a port of the host into a jail, over IPv4 and IPv6."""
     tenant, jail = split_name(settings, name)
     body = {"tenant": tenant, "jail": jail, **parse_port(port)._asdict()}
-    ensure_engine(settings.root).call("POST", f"/1.0/ports?project={tenant}", body)
+    existing_engine(settings.root).call("POST", f"/1.0/ports?project={tenant}", body)
     show(settings, body, lambda: "")
     return 0
 
@@ -42,7 +42,7 @@ def list_(
 ) -> int:
     """List the published ports."""
     whose = "all-projects=true" if all_tenants else f"project={settings.tenant}"
-    found = ensure_engine(settings.root).call("GET", f"/1.0/ports?{whose}")
+    found = existing_engine(settings.root).call("GET", f"/1.0/ports?{whose}")
     header = ["JAIL", "TENANT", "HOST ADDRESS", "HOST PORT", "PORT", "PROTOCOL"]
     rows = [
         [
@@ -75,6 +75,6 @@ def unpublish(
         body["host_address"] = address.strip("[]")
     if slash:
         body["protocol"] = protocol
-    ensure_engine(settings.root).call("DELETE", f"/1.0/ports?project={tenant}", body)
+    existing_engine(settings.root).call("DELETE", f"/1.0/ports?project={tenant}", body)
     show(settings, body, lambda: "")
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from jailmgr.config import Record, Root, find_root
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,6 +67,34 @@ def split_name(settings: Settings, text: str) -> tuple[str, str]:
         check_label("tenant", tenant)
     check_label("jail", name)
     return tenant if slash else settings.tenant, name
+
+
+def context() -> str:
+    """The tenant that a bare name means in the caller's next command: `--tenant` is gone by then."""
+    return os.environ.get("JAILMGR_TENANT") or "default"
+
+
+def name_of(tenant: str, jail: str) -> str:
+    """A jail's name as the user may give it to the next command."""
+    return jail if tenant == context() else full_name(tenant, jail)
+
+
+def in_context(text: str) -> str:
+    """An error's text with the jails of the caller's own tenant named without it.
+
+    A name is what follows `jail`, or a command in a hint: `jailmgr stop acme/web`.
+    """
+    words, own = text.split(" "), f"{context()}/"
+    for at, word in enumerate(words):
+        before = words[at - 1] if at else ""
+        named = before in ("jail", "mean") or (at > 1 and words[at - 2].endswith("jailmgr") and before in _OF_JAILS)
+        if named and word.startswith(own):
+            words[at] = word[len(own) :]
+    return " ".join(words)
+
+
+_OF_JAILS = ("start", "stop", "restart", "resume", "logs")
+"""Commands that hints give with a jail's name."""
 
 
 def require_root() -> None:

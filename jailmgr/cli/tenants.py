@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jailmgr.cli.client import ensure_engine
+from jailmgr.cli.client import ensure_engine, existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.jails import Cpus, Keys, Memory, Processes
 from jailmgr.cli.layout import beside, cpu_time, local_time
@@ -72,7 +72,7 @@ def create(
 
 def list_(settings: Settings) -> int:
     """List the tenants: what their jails use now, beside their totals."""
-    found = ensure_engine(settings.root).call("GET", "/1.0/projects?recursion=1")
+    found = existing_engine(settings.root).call("GET", "/1.0/projects?recursion=1")
     show(settings, found, lambda: _table(found))
     return 0
 
@@ -131,7 +131,7 @@ def usage(
     if name is not None:
         found = [_look(settings, name)]
     else:
-        found = ensure_engine(settings.root).call("GET", "/1.0/projects?recursion=1")
+        found = existing_engine(settings.root).call("GET", "/1.0/projects?recursion=1")
     show(settings, found, lambda: _usage_table(found))
     return 0
 
@@ -142,7 +142,7 @@ def _billed(settings: Settings, name: str | None, since: str | None, until: str 
     if began > ended:
         raise wrong_usage("tenant usage", "the span ends before it begins", "Give --since an earlier time.")
     whose = f"&project={name}" if name else ""
-    found = ensure_engine(settings.root).call("GET", f"/internal/usage?since={began:.3f}&until={ended:.3f}{whose}")
+    found = existing_engine(settings.root).call("GET", f"/internal/usage?since={began:.3f}&until={ended:.3f}{whose}")
     if settings.format == "csv":
         rows = [
             {"tenant": tenant["tenant"], "since": tenant["since"], "until": tenant["until"], **jail}
@@ -170,14 +170,14 @@ def delete(settings: Settings, name: Name) -> int:
     """Delete a tenant without jails, and its networks."""
     check_label("tenant", name)
     agree(settings, f"tenant {name}", f"Delete tenant {name}?")
-    ensure_engine(settings.root).call("DELETE", f"/1.0/projects/{name}")
+    existing_engine(settings.root).call("DELETE", f"/1.0/projects/{name}")
     show(settings, {"tenant": name}, lambda: "")
     return 0
 
 
 def _look(settings: Settings, name: str) -> dict[str, Any]:
     check_label("tenant", name)
-    found: dict[str, Any] = ensure_engine(settings.root).call("GET", f"/1.0/projects/{name}")
+    found: dict[str, Any] = existing_engine(settings.root).call("GET", f"/1.0/projects/{name}")
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jailmgr.cli.client import Connection, ensure_engine
+from jailmgr.cli.client import Connection, existing_engine
 from jailmgr.cli.command import command
 from jailmgr.cli.layout import beside, cpus
 from jailmgr.cli.output import show, table, write
@@ -39,7 +39,7 @@ def top(
     whose = "all-projects=true" if all_tenants else f"project={settings.tenant}"
     live = settings.format == "table" and sys.stdout.isatty()
     left = times if times is not None else (None if live else 1)
-    for views in _looks(ensure_engine(settings.root), whose, delay):
+    for views in _looks(existing_engine(settings.root), whose, delay):
         if live:
             write(HOME_AND_CLEAR + _page(views, all_tenants))
         elif settings.format == "table" or left == 1:

@@ -14,6 +14,7 @@ from jailmgr.manager.host import Cancelled, Progress
 
 class NewImage(Body, frozen=True):
     source: Source
+    refresh: bool = False
 
 
 async def list_all(request: Request) -> Response:
@@ -26,7 +27,7 @@ async def add(request: Request) -> Response:
     engine, body = engine_of(request), await body_of(request, NewImage)
 
     def work(progress: Progress, cancelled: Cancelled) -> dict[str, str]:
-        image = images.ensure_image(engine.manager, body.source.alias, progress, cancelled)
+        image = images.ensure_image(engine.manager, body.source.alias, progress, cancelled, body.refresh)
         return {"fingerprint": image.fingerprint}
 
     return accepted(begin(request, "", f"building {body.source.alias}", work, may_cancel=True))

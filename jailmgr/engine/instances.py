@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from jailmgr.engine.answers import accepted, done
 from jailmgr.engine.requests import Body, begin, body_of, call, engine_of, flag, listed, number, tenant_of
+from jailmgr.errors import full_name
 from jailmgr.keys import check_name
 from jailmgr.manager import configure, create, delete, start, stop, view
 from jailmgr.manager.host import Cancelled, Manager, Progress
@@ -118,34 +119,41 @@ async def change(request: Request) -> Response:
 
 async def rename(request: Request) -> Response:
     """POST /1.0/instances/NAME"""
-    body, (_, name) = await body_of(request, Rename), _jail(request)
+    body, (tenant, name) = await body_of(request, Rename), _jail(request)
     check_name(body.name)
-    return await _begin(request, f"renaming {name} to {body.name}", configure.rename, body.name)
+    return await _begin(request, f"renaming {full_name(tenant, name)} to {body.name}", configure.rename, body.name)
 
 
 async def remove(request: Request) -> Response:
     """DELETE /1.0/instances/NAME?force=1"""
-    _, name = _jail(request)
-    return await _begin(request, f"deleting {name}", delete.delete, force=flag(request, "force"))
+    tenant, name = _jail(request)
+    return await _begin(request, f"deleting {full_name(tenant, name)}", delete.delete, force=flag(request, "force"))
 
 
 async def change_state(request: Request) -> Response:
     """PUT /1.0/instances/NAME/state"""
-    body, (_, name) = await body_of(request, StateChange), _jail(request)
+    body, (tenant, name) = await body_of(request, StateChange), _jail(request)
     timeout = None if body.timeout == -1 else body.timeout
     match body.action:
         case "start":
-            return await _begin(request, f"starting {name}", start.start, wait=body.wait)
+            return await _begin(request, f"starting {full_name(tenant, name)}", start.start, wait=body.wait)
         case "stop":
-            return await _begin(request, f"stopping {name}", stop.stop, force=body.force, timeout=timeout)
+            return await _begin(
+                request, f"stopping {full_name(tenant, name)}", stop.stop, force=body.force, timeout=timeout
+            )
         case "restart":
             return await _begin(
-                request, f"restarting {name}", start.restart, force=body.force, timeout=timeout, wait=body.wait
+                request,
+                f"restarting {full_name(tenant, name)}",
+                start.restart,
+                force=body.force,
+                timeout=timeout,
+                wait=body.wait,
             )
         case "freeze":
-            return await _begin(request, f"freezing {name}", stop.freeze)
+            return await _begin(request, f"freezing {full_name(tenant, name)}", stop.freeze)
         case "unfreeze":
-            return await _begin(request, f"unfreezing {name}", stop.unfreeze)
+            return await _begin(request, f"unfreezing {full_name(tenant, name)}", stop.unfreeze)
 
 
 async def _info(request: Request) -> JailInfo:

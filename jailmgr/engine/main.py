@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from jailmgr import __version__
 from jailmgr.config import Root, find_root
 from jailmgr.engine import systemd
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime.standard_fds import open_closed
 
 READY_FD = "JAILMGR_READY_FD"
 """Environment variable: the descriptor on which a background engine tells, in a line of JSON, that it serves
@@ -34,6 +35,7 @@ PREDECESSOR_SECONDS = 60.0
 
 def main() -> int:
     """The process that a command or systemd starts; its exit status."""
+    open_closed()
     ready, given, told = _ready_fd(), systemd.take_sockets(), systemd.take_notify()
     try:
         run(find_root(), ready, given, told)
@@ -160,7 +162,12 @@ def _describe(root: Root, held: ExitStack) -> None:
     with open(f"{path}.new", "w") as file:
         json.dump(content, file)
     os.replace(f"{path}.new", path)
-    held.callback(os.unlink, path)
+    held.callback(_remove, path)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):  # the root may have been removed
+        os.unlink(path)
 
 
 def _refuse(listening: socket.socket, error: JailmgrError) -> None:

@@ -18,11 +18,11 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jailmgr.engine.answers import error_content, refused
+from jailmgr.engine.answers import answer, error_content, refused
 from jailmgr.errors import JailmgrError
 
 CONNECTIONS_MAX = 512
-"""At a time; more are told to come again (status 503), since each costs a descriptor."""
+"""At a time, since each costs a descriptor. What more connections ask for is refused (status 503)."""
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.let_in(transport.get_extra_info("socket"))
+        if len(self.connections) > CONNECTIONS_MAX:
+            log.warning("refused a connection: there are %d", len(self.connections))
+            self.app = crowded
 
     def let_in(self, sock: socket.socket) -> None:
         """Decide what application the peer gets."""
@@ -70,6 +73,14 @@ async def forbidden(scope: Scope, receive: Receive, send: Send) -> None:
     await refused(error)(scope, receive, send)
 
 
+async def crowded(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application that one connection too many gets. uvicorn's own answer is a text, and the API's are JSON."""
+    why = f"it has {CONNECTIONS_MAX} connections already"
+    hint = "Try again. Whose they are: ss -xp | grep engine.sock"
+    content = error_content(JailmgrError("engine", why, hint, "unavailable"))
+    await answer(503, content, {"connection": "close"})(scope, receive, send)
+
+
 class Server(uvicorn.Server):
     """Calls `serves` once it does, and goes on until `leave` is set. Signals are the caller's business."""
 
@@ -86,7 +97,6 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 date_header=False,
-                limit_concurrency=CONNECTIONS_MAX,
                 timeout_graceful_shutdown=5,
             )
         )

@@ -30,6 +30,9 @@ REQUEST_SECONDS = 5.0
 THREADS = 32
 """Requests that may be in the manager at a time, some of them waiting for a jail's lock."""
 
+ROOT_LOOK_SECONDS = 1.0
+"""Between two looks at whether the root is still there."""
+
 log = logging.getLogger(__name__)
 
 
@@ -69,9 +72,11 @@ async def _serve(root: Root, manager: Manager, serves: Callable[[], None], given
     await door.settle(is_shared(manager))
     serving = asyncio.create_task(server.serve([listening or listen(root)]))
     stopped = asyncio.create_task(stop.wait())
+    watching = asyncio.create_task(_stop_without_root(root, stop))
     log.info("engine serves %s, pid %d", root.socket, os.getpid())
     await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
     log.info("engine stops")
+    watching.cancel()
     # Who has connected by now is still served; who finds no socket starts the next engine, which waits for our lock.
     if listening is None:
         with suppress(FileNotFoundError):
@@ -89,6 +94,22 @@ async def _serve(root: Root, manager: Manager, serves: Callable[[], None], given
     closing.start()
     closing.join(REQUEST_SECONDS)
     return idle and not closing.is_alive()
+
+
+async def _stop_without_root(root: Root, stop: asyncio.Event) -> None:
+    """Set `stop` when the root's run directory, or our lock in it, has been removed: no command finds us any more."""
+    lock = f"{root.run}/engine.lock"
+    ours = os.stat(lock).st_ino
+    while True:
+        await asyncio.sleep(ROOT_LOOK_SECONDS)
+        try:
+            there = os.stat(lock).st_ino == ours
+        except OSError:
+            there = False
+        if not there:
+            log.warning("%s has been removed: the engine ends", lock)
+            stop.set()
+            return
 
 
 def listen(root: Root) -> socket.socket:

@@ -16,5 +16,10 @@ async def list_all(request: Request) -> Response:
 
 
 async def show(request: Request) -> Response:
-    """GET /1.0/templates/NAME"""
+    """GET /1.0/templates/NAME[/RELEASE[/VARIANT]]"""
     return done(await call(request, images.show_template, request.path_params["name"]))
+
+
+async def plan(request: Request) -> Response:
+    """GET /1.0/build-plans/SOURCE: what a build does."""
+    return done(await call(request, images.plan_image, request.path_params["name"]))

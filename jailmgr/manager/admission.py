@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import msgspec
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.keys import Config
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cpus_of, disk_of, limits_of
@@ -170,7 +170,9 @@ def _sized(m: Manager, tenant: Tenant) -> None:
     for row in m.store.rows(tenant.name):
         if not promise_of(row.jail).disk_bytes:
             why = "it has no limits.disk, which every jail of a tenant with one needs in this pool"
-            raise JailmgrError(f"jail {row.jail.name}", why, "Give it a size: --disk 5GiB", "full")
+            raise JailmgrError(
+                f"jail {full_name(tenant.name, row.jail.name)}", why, "Give it a size: --disk 5GiB", "full"
+            )
 
 
 def _refusal(tenant: Tenant, resource: str, total: float, sum_: float, wanted: float | None) -> JailmgrError:

@@ -8,7 +8,7 @@ import time
 import msgspec
 
 from jailmgr.config import Root
-from jailmgr.errors import JailmgrError, from_os
+from jailmgr.errors import JailmgrError, from_os, full_name
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.strangers import Stranger, find_strangers
 from jailmgr.model import Jail
@@ -45,7 +45,7 @@ def adopt_all(root: Root) -> list[str]:
 
 
 def _adopt(store: Store, stranger: Stranger, has_volume: bool) -> None:
-    name = f"jail {stranger.name}"
+    name = f"jail {full_name(stranger.tenant, stranger.name)}"
     kept = stranger.on_disk.kept
     if kept is None:
         raise JailmgrError(name, f"its {CONFIG} is missing, damaged, or of a release before this one", "", "missing")

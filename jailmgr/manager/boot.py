@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +21,20 @@ from jailmgr.manager.host import BUILD_TENANT, Manager
 from jailmgr.manager.reconcile import attempt
 from jailmgr.manager.start import boot
 from jailmgr.manager.view import running
-from jailmgr.model import Jail
+from jailmgr.model import Jail, Recipe
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.jsonfile import read_json, write_json
-from jailmgr.runtime.state import host_boot_id, jails_up, ran
+from jailmgr.runtime.proc import open_process
+from jailmgr.runtime.process import has_ended
+from jailmgr.runtime.state import host_boot_id, jails_up, ran, supervisor_process
 from jailmgr.store import Store
 
 STARTS_AT_ONCE = 4
 SHUTDOWN_SECONDS = 600.0
 """Of all jails together: no jail's keys and no init keep a host from going down."""
+LATE_SECONDS = 5.0
+"""For a supervisor to kill what is left after that."""
 DOWN = "down.json"
 """In the run directory, with the boot's id: since jails were stopped for the host's end, none is started by itself."""
 
@@ -129,6 +134,10 @@ def _shut_down_tenant(
     root: Root, configs: dict[tuple[str, str], Config], deadline: float, tenant: str
 ) -> list[JailmgrError]:
     failed: list[JailmgrError] = []
+    try:
+        _replace_if_hung(root, tenant)
+    except (JailmgrError, OSError) as error:
+        failed.append(error if isinstance(error, JailmgrError) else from_os(f"supervisor of {tenant}", error))
     alive = jails_up(root, tenant)
     order = {jail: -int(configs.get((tenant, jail), {}).get("boot.stop.priority", 0)) for jail in alive}
     for _, together in groupby(sorted(alive, key=order.__getitem__), key=order.__getitem__):
@@ -147,12 +156,32 @@ def _shut_down_tenant(
     return failed
 
 
+def _replace_if_hung(root: Root, tenant: str) -> None:
+    """Kill a supervisor that does not answer: its jails live on, and the next one, which adopts them, stops them."""
+    try:
+        attach.connect(root, tenant).close()
+    except JailmgrError as error:
+        hung = supervisor_process(root, tenant)
+        pidfd = open_process(hung) if hung is not None and error.code == "unavailable" else None
+        if pidfd is None:
+            raise
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            has_ended(pidfd, LATE_SECONDS)
+        finally:
+            os.close(pidfd)
+
+
 def _stop(root: Root, tenant: str, jail: str, config: Config, deadline: float) -> None:
-    bundle = load_bundle(root.jail_lib(tenant, jail))
-    timeout = float(config.get("boot.host_shutdown_timeout", bundle.stop_timeout))
+    try:
+        stop_timeout = load_bundle(root.jail_lib(tenant, jail)).stop_timeout
+    except JailmgrError:
+        stop_timeout = Recipe().stop_timeout  # its config.json is damaged, or gone: it is stopped all the same
+    timeout = float(config.get("boot.host_shutdown_timeout", stop_timeout))
     with attach.connect(root, tenant) as supervisor:
         try:
-            supervisor.stop(jail, max(0.0, min(timeout, deadline - time.monotonic())), by="host")
+            left = max(0.0, deadline - time.monotonic())
+            supervisor.stop(jail, min(timeout, left), by="host", grace=min(attach.STOP_GRACE, left + LATE_SECONDS))
         except JailmgrError as error:
             if error.code != "conflict":
                 raise

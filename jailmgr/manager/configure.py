@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import msgspec
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.keys import DEVICES, FIXED, SHORT, check_name, find_key, fold, is_live
 from jailmgr.manager import networks, shaping
 from jailmgr.manager.admission import admit, check_restricted
@@ -58,6 +58,9 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
+            if networks.connections_of(old) != networks.connections_of(new):
+                undo.callback(networks.limit_connections, m, old)
+                networks.limit_connections(m, new)
             undo.pop_all()
     return waiting(old, new) if runs else []
 
@@ -112,9 +115,9 @@ def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:
         return
     if runs:
         raise JailmgrError(
-            f"jail {old.name}",
+            f"jail {old.full_name}",
             "its network can't be changed while it runs",
-            f"Stop it: jailmgr stop {old.name}",
+            f"Stop it: jailmgr stop {old.full_name}",
             "conflict",
         )
     device = _nic(new)
@@ -168,10 +171,15 @@ def rename(m: Manager, tenant: str, name: str, new: str) -> None:
             return
         if is_up(m, jail):
             why = "it is running" if running(m, jail) else "it is about to be started again"
-            raise JailmgrError(f"jail {name}", why, f"Stop it first: jailmgr stop {name}", "conflict")
+            raise JailmgrError(
+                f"jail {full_name(tenant, name)}",
+                why,
+                f"Stop it first: jailmgr stop {full_name(tenant, name)}",
+                "conflict",
+            )
         with m.store.transaction():
             if m.store.name_taken(tenant, new):
-                raise JailmgrError(f"jail {new}", "already exists", "Choose another name.", "exists")
+                raise JailmgrError(f"jail {full_name(tenant, new)}", "already exists", "Choose another name.", "exists")
             check_free(m, tenant, new)
             m.store.set_state(jail, RENAMING, new)
         finish_rename(m, Row(jail, RENAMING, new))
@@ -196,6 +204,7 @@ def finish_rename(m: Manager, row: Row) -> None:
     if image is not None:
         upper = f"{m.root.volume(old.tenant, name)}/upper"
         replace_files(upper, render_files(m, old, image), render_files(m, new, image))
+        write_bundle(m, new, stopped=True)
     m.store.set_name(old, name)
     for nic in old.nics:
         network = m.store.find_network(old.tenant, nic.network)

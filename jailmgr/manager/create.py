@@ -8,17 +8,17 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from jailmgr.errors import JailmgrError, from_os
+from jailmgr.errors import JailmgrError, from_os, full_name
 from jailmgr.keys import Config, Devices, check_name, fold
 from jailmgr.manager import networks
 from jailmgr.manager.admission import admit, check_restricted, check_source_allowed
-from jailmgr.manager.claiming import claim_idmap
+from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.delete import delete, finish_delete
 from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
-from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits
+from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
 from jailmgr.manager.strangers import check_free
@@ -40,7 +40,10 @@ def check_new(m: Manager, tenant: str, name: str | None, source: str, config: Co
     check_tenant(m, tenant)
     if name is not None and m.store.name_taken(tenant, name):
         raise JailmgrError(
-            f"jail {name}", "there is one of that name already", "Choose another name, or delete it first.", "exists"
+            f"jail {full_name(tenant, name)}",
+            "there is one of that name already",
+            "Choose another name, or delete it first.",
+            "exists",
         )
     found = find_source(m, source)
     check_source_allowed(m.store.find_tenant(tenant), found)
@@ -146,7 +149,10 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     write_files(upper, f"{m.root.image(image.fingerprint)}/rootfs", render_files(m, jail, image))
     os.makedirs(m.root.jail_lib(jail.tenant, jail.name), mode=0o700, exist_ok=True)
     if cancelled():
-        raise CancelledError(f"jail {jail.name}")
+        raise CancelledError(f"jail {jail.full_name}")
+    # Last before the state: a row in state `creating` with its config.json is that of a whole jail (reconcile).
+    claim_uid(m, jail.tenant)
+    write_bundle(m, jail, stopped=True)
     m.store.set_state(jail, READY)
     for network in {nic.network for nic in jail.nics}:
         if found := m.store.find_network(jail.tenant, network):
@@ -186,7 +192,7 @@ def render_files(m: Manager, jail: Jail, image: Image) -> Rendered:
 
 
 def _told(jail: Jail, error: OSError) -> JailmgrError:
-    told = from_os(f"jail {jail.name}", error)
+    told = from_os(f"jail {jail.full_name}", error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         told.code, told.hint = "full", "Free some space on the host, or delete images and jails that are not needed."
     return told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import networks
 from jailmgr.manager.claiming import release
 from jailmgr.manager.host import Manager
@@ -29,12 +29,14 @@ def delete(m: Manager, tenant: str, name: str, *, force: bool = False, ident: in
     with m.jail_of_any_state(tenant, name) as row:
         jail = row.jail
         if ident not in (None, jail.id):
-            raise JailmgrError(f"jail {name}", "another jail has that name now", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "another jail has that name now", "", "conflict")
         if row.state == CREATING:
-            raise JailmgrError(f"jail {name}", "it is being created", "Try again when that is done.", "conflict")
+            raise JailmgrError(
+                f"jail {full_name(tenant, name)}", "it is being created", "Try again when that is done.", "conflict"
+            )
         if running(m, jail) and not force:
-            hint = f"Stop it first (jailmgr stop {name}), or use --force."
-            raise JailmgrError(f"jail {name}", "it is running", hint, "conflict")
+            hint = f"Stop it first (jailmgr stop {full_name(tenant, name)}), or use --force."
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it is running", hint, "conflict")
         m.store.set_state(jail, DELETING)
         finish_delete(m, jail, row.next)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from jailmgr import claims
 from jailmgr.config import Root
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import Pool, close_pool, is_made, open_pool
@@ -83,7 +83,7 @@ class Manager:
         self.networks_up: set[int] = set()
         self.totals: dict[str, tuple[cgroups.Limits, int]] = {}
         """By tenant, what its group was last held to, and the group's identity."""
-        self.cpu_seen: dict[str, tuple[float, int, float]] = {}
+        self.cpu_seen: dict[str, tuple[float, int, float | None]] = {}
         """By tenant: when its CPU time was last looked at (monotonic), the time, and the mean number of CPUs then."""
         self.pins: dict[tuple[str, str], str] = {}
         """The CPUs of running jails that have not all of them (manager/pinning.py), by tenant and name."""
@@ -172,7 +172,7 @@ class Manager:
         """Refuse to touch a jail of which the store has another's row. JailmgrError `conflict`."""
         if (stranger := self.strangers.get((tenant, name))) is not None:
             why = f"what is there of that name is another jail (id {stranger.on_disk.id}) than the store knows"
-            raise JailmgrError(f"jail {name}", why, ADOPT, "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", why, ADOPT, "conflict")
 
     @property
     def pool(self) -> Pool:

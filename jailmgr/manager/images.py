@@ -23,7 +23,7 @@ from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
 from jailmgr.model import Image
 from jailmgr.storage.pool import pool_usage
 from jailmgr.storage.volume import create_build
-from jailmgr.template.build import Built, build_image
+from jailmgr.template.build import Built, build_image, describe, plan_build
 from jailmgr.template.recipe import Build, find_templates, load_template, resolve
 
 _PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
@@ -95,15 +95,19 @@ def find_source(m: Manager, source: str) -> Image | Build:
     raise JailmgrError(f"source {source}", "there is no template and no image of that name", hint, "missing")
 
 
-def ensure_image(m: Manager, source: str, progress: Progress = quiet, cancelled: Cancelled = never) -> Image:
-    """The image of a source, built if it isn't there. Of several callers at once one builds, the others wait and see
+def ensure_image(
+    m: Manager, source: str, progress: Progress = quiet, cancelled: Cancelled = never, refresh: bool = False
+) -> Image:
+    """The image of a source, built if it isn't there. `refresh`: a template is built even if its image is there.
+
+    Of several callers at once one builds, the others wait and see
     its progress. Raises JailmgrError as the build does, CancelledError; nothing is left of a build that failed.
     """
-    found = find_source(m, source)
+    found = resolve(m.root, source) if refresh else find_source(m, source)
     if isinstance(found, Image):
         return found
     with m.image_lock:
-        image = m.store.image_of_key(found.key)
+        image = None if refresh else m.store.image_of_key(found.key)
         if image is not None:
             return image
         building = m.buildings.get(found.key)
@@ -212,8 +216,17 @@ def find_image(m: Manager, reference: str) -> Image:
     if image is None:
         known = [alias for image in m.store.images() for alias in image.aliases]
         hint = near_miss(reference, known) or "See jailmgr image list."
-        raise JailmgrError(f"image {reference}", "there is none of that name or fingerprint", hint, "missing")
+        raise JailmgrError(f"image {reference}", _not_found(m, reference), hint, "missing")
     return image
+
+
+def _not_found(m: Manager, reference: str) -> str:
+    """Say why a reference is no image; a prefix of a fingerprint that is too short names its matches."""
+    if not re.fullmatch("[0-9a-f]{1,3}", reference):
+        return "not found: no alias is so called, and no fingerprint begins so"
+    found = [image.fingerprint[:12] for image in m.store.images() if image.fingerprint.startswith(reference)]
+    count = f"{len(found)} match: {', '.join(found[:4])}" if found else "none matches"
+    return f"a prefix of a fingerprint has 4 digits or more ({count})"
 
 
 def list_images(m: Manager, tenants: list[str] | None = None) -> list[ImageView]:
@@ -236,11 +249,23 @@ def delete_image(m: Manager, reference: str) -> None:
     image = find_image(m, reference)
     with m.image_lock:
         m.store.check_image_unused(image.fingerprint)
-        if name := image_of_stranger(m, image.fingerprint):
-            why = f"jail {name}, which the store does not know, is made of it"
+        if stranger := image_of_stranger(m, image.fingerprint):
+            why = f"jail {stranger}, which the store does not know, is made of it"
             raise JailmgrError(f"image {image.fingerprint[:12]}", why, ADOPT, "conflict")
         image_store.remove_image(m.pool, image.fingerprint)
         m.store.remove_image(image.fingerprint)
+
+
+def plan_image(m: Manager, source: str) -> dict[str, Any]:
+    """Return what a build of a template does, and the image that is there. JailmgrError `missing`, `invalid`."""
+    build = resolve(m.root, source)
+    image = m.store.image_of_key(build.key)
+    return {
+        "source": build.source,
+        "packages": build.packages,
+        "steps": [describe(step) for step in plan_build(build)],
+        "image": image and {"fingerprint": image.fingerprint, "created_at": image.created_at},
+    }
 
 
 def list_templates(m: Manager) -> list[dict[str, Any]]:
@@ -254,13 +279,22 @@ def list_templates(m: Manager) -> list[dict[str, Any]]:
     return found
 
 
-def show_template(m: Manager, name: str) -> dict[str, Any]:
-    """One template. JailmgrError `missing`, `invalid`."""
+def show_template(m: Manager, source: str) -> dict[str, Any]:
+    """Return one template; with a release or variant named, also what that one resolves to in `build`.
+
+    Raises JailmgrError `missing`, `invalid`.
+    """
+    name = source.partition("/")[0]
     templates = find_templates(m.root)
     if name not in templates:
         hint = near_miss(name, templates) or f"There are: {', '.join(sorted(templates))}."
         raise JailmgrError(f"template {name}", "there is none of that name", hint, "missing")
-    return _template(name, templates[name])
+    shown = _template(name, templates[name])
+    if source == name:
+        return shown
+    build = resolve(m.root, source)
+    built = {"release": build.release, "variant": build.variant, "packages": build.packages, "init": build.recipe.init}
+    return shown | {"build": built}
 
 
 def _template(name: str, folder: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _find(root: Root, engine: bool) -> list[Leftover]:
         found = [*_of_host(root, store, _Seen(all_up(root), engine), groups), *_of_disk(root, store, disk)]
         if not engine:
             found += [
-                Leftover(f"jail {row.jail.tenant}/{row.jail.name}, whose row says {row.state}")
+                Leftover(f"jail {row.jail.full_name}, whose row says {row.state}")
                 for row in store.rows()
                 if row.state != READY
             ]
@@ -156,7 +156,8 @@ def _of_host(root: Root, store: Store, seen: _Seen, groups: list[str]) -> Iterat
 def _of_network(
     root: Root, store: Store, seen: _Seen, rows: Mapping[tuple[str, str | None], Jail]
 ) -> Iterator[Leftover]:
-    networks = {network.id: network for network in store.networks()} if rows else {}
+    # A running engine keeps a network's bridge and DNS server when the last jail has gone.
+    networks = {network.id: network for network in store.networks()} if os.path.exists(root.store) else {}
     # Between a jail's start and its state file there are milliseconds; an engine at work knows its own.
     needed = {nic.veth for key, jail in rows.items() for nic in jail.nics if key in seen.alive or seen.engine}
     for veth in bridge.list_veths(root):

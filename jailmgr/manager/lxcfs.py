@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
-from jailmgr.runtime import attach, scope
+from jailmgr.runtime import attach, cgroups, scope
+from jailmgr.runtime.cgroup_services import has_service, make_service, remove_service
 from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.runtime.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SBIN = "/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin:/bin"
 DEVICE = "/dev/fuse"
 START_S, STOP_S = 10.0, 2.0
+CGROUP = "lxcfs"
+"""Of its group, which has a CPU quota: guests that read its files without end would use up the host's CPUs by it."""
 RENEW_S = 60.0
 """For a supervisor to put the files into all of its jails."""
 ENDS_MAX, ENDS_S = 5, 10.0
@@ -52,9 +55,17 @@ def program() -> str | None:
     return shutil.which("lxcfs", path=SBIN)
 
 
+def cpus_most() -> float:
+    """How many CPUs' worth of time it may use for all jails: a quarter of the host's, and half of one at least.
+
+    A read takes it less than a millisecond. Where the quota is used up, reads of these files wait in all jails.
+    """
+    return max(0.5, (os.cpu_count() or 1) / 4)
+
+
 def is_there(root: Root) -> bool:
-    """Whether anything is left of it on the host: a process, a mount, their directory."""
-    return _place(root).exists()
+    """Whether anything is left of it on the host: a process, a mount, their directory, its cgroup."""
+    return _place(root).exists() or has_service(cgroups.discover(), root.cgroup, CGROUP)
 
 
 def up(m: Manager) -> None:
@@ -154,6 +165,7 @@ def stop(root: Root) -> None:
         for directory in (Path(root.lxcfs), place):
             with contextlib.suppress(FileNotFoundError):
                 directory.rmdir()
+        remove_service(cgroups.discover(), root.cgroup, CGROUP)
     except OSError as error:
         raise from_os("lxcfs", error) from error
 
@@ -201,13 +213,18 @@ def _pid_option(root: Root) -> str:
 def _start(root: Root, found: str) -> int:
     """Its pidfd, once it is mounted. Raises JailmgrError, OSError."""
     argv = [found, "--enable-loadavg", _pid_option(root), root.lxcfs]
+    quota = f"CPUQuota={cpus_most() * 100:.0f}%"
+    argv = ["setsid", "--fork", *scope.begin_apart("The jails' view of their limits", argv, quota)]
+    if joins := make_service(cgroups.discover(), root.cgroup, CGROUP, cpus_most()):
+        # It moves itself before it is lxcfs, so that whoever is killed here leaves no lxcfs outside of the group.
+        argv = ["/bin/sh", "-c", 'echo 0 >"$0" && exec "$@"', joins, *argv]
     mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
     reading, writing = os.pipe()
     try:
         # setsid(1) forks: one that ends is init's to reap, however long the engine lives. SIGPIPE stays ignored, for
         # nobody reads what it says once it is mounted.
         subprocess.run(
-            ["setsid", "--fork", *scope.begin_apart("The jails' view of their limits", argv)],
+            argv,
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Interface
 
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import near_miss
-from jailmgr.keys import Devices
+from jailmgr.keys import CONNECTIONS, CONNECTIONS_MAX, Devices
 from jailmgr.manager import shaping
 from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.strangers import addresses_of_strangers, published_by_strangers
 from jailmgr.manager.view import NetworkView
-from jailmgr.model import Jail, Network, Nic, Port
+from jailmgr.model import Jail, Network, Nic, Port, Tenant
 from jailmgr.network import addresses, bridge, dns, firewall
 from jailmgr.network.nft import NftError
+from jailmgr.runtime import netlink
 from jailmgr.runtime.state import read_state
 
 DEFAULT = "default"
@@ -90,9 +92,10 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
 
 
 def up(m: Manager, jail: Jail) -> None:
-    """The host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
+    """Make the host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
 
-    Where it fails, the ports that were claimed are given back, and no other's.
+    A jail that runs may have been started by an older release: its port gets what a new one is given. Where it fails,
+    the host ports that were claimed are given back, and no other's.
     """
     with m.network_lock, ExitStack() as undo:
         for port in ports_of(jail):
@@ -104,12 +107,16 @@ def up(m: Manager, jail: Jail) -> None:
             fresh = not _is_up(m, network)
             if fresh:
                 claim(m, network)
-                bridge.ensure_network(m.root, network)
+                group = bridge.tenant_group(m.store.tenant(jail.tenant).id)
+                bridge.ensure_network(m.root, network, group)
+            netlink.hold_port(nic.veth, nic.mac)
             if fresh:
                 apply_firewall(m, also=jail)
+                # Rules load conntrack, where that is a module, and with it its sysctl.
+                bridge.make_room()
             else:
                 try:
-                    firewall.add_jail(m.root, network, nic, ports_of(jail))
+                    firewall.add_jail(m.root, network, nic, ports_of(jail), connections_of(jail))
                     if shaped:
                         firewall.hold_to_queue(m.root, [nic.veth])
                 except NftError as error:
@@ -206,9 +213,55 @@ def apply_firewall(m: Manager, also: Jail | None = None) -> None:
     shaped = shaping.shaped_veths(m, jails)
     strange = published_by_strangers(m)
     ports += [(network, nic) for network, nic, _ in strange]
-    published += [(port, nic) for _, nic, found in strange for port in found]
+    published += [(port, nic) for _, nic, jail in strange for port in ports_of(jail)]
     bridges = {network.id: network for network in [*networks.values(), *(network for network, _, _ in strange)]}
-    firewall.apply_all(m.root, list(bridges.values()), ports, published, shaped)
+    connections = firewall.Connections(
+        {nic.veth: connections_of(jail) for jail in [*jails, *(jail for _, _, jail in strange)] for nic in jail.nics},
+        {
+            bridge.tenant_group(tenant.id): limit
+            for tenant in m.store.tenants()
+            if (limit := total_connections(tenant)) is not None
+        },
+    )
+    firewall.apply_all(m.root, list(bridges.values()), ports, published, shaped, connections)
+
+
+def connections_of(jail: Jail) -> int:
+    """Return how many connections a jail may have."""
+    return int(jail.config.get("limits.connections", CONNECTIONS))
+
+
+def total_connections(tenant: Tenant) -> int | None:
+    """Return how many connections a tenant's jails may have together; None where there is no limit.
+
+    A tenant that others than root use has one, or its jails could take all that the host tracks.
+    """
+    if "limits.connections" in tenant.config:
+        return int(tenant.config["limits.connections"])
+    return CONNECTIONS_MAX if tenant.config.get("users") or tenant.config.get("groups") else None
+
+
+def limit_connections(m: Manager, jail: Jail) -> None:
+    """Hold a jail to its number of connections, after that has been changed in the store. Raises JailmgrError."""
+    with m.network_lock, _rules_may_be_gone():
+        for nic in jail.nics:
+            firewall.limit_jail(m.root, nic, connections_of(jail))
+
+
+def limit_total_connections(m: Manager, tenant: Tenant, total: int | None) -> None:
+    """Hold a tenant's jails together to a number of connections; None: to none. Raises JailmgrError."""
+    with m.network_lock, _rules_may_be_gone():
+        firewall.limit_tenant(m.root, bridge.tenant_group(tenant.id), total)
+
+
+@contextmanager
+def _rules_may_be_gone() -> Iterator[None]:
+    """No jail runs, or somebody has flushed all rules: the next start of a jail brings ours back, with this in them."""
+    try:
+        yield
+    except NftError as error:
+        if not error.missing:
+            raise
 
 
 def take_down(m: Manager) -> None:

@@ -21,7 +21,7 @@ from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.network.shaping import shape_of
-from jailmgr.runtime import seccomp
+from jailmgr.runtime import cgroups, seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
 from jailmgr.storage.device import block_device
@@ -29,6 +29,12 @@ from jailmgr.units import parse_allowance, parse_percent, parse_rate, parse_size
 
 PERIOD = 100_000
 """CPU period in microseconds where the user names none: the kernel's own default (sched-bwc)."""
+
+
+PROCESSES = 8192
+"""Processes and threads of a jail that has no `limits.processes`; nothing was promised to it (manager/admission.py).
+A quarter of the kernel's own kernel.pid_max, which is a limit of the whole host: a fork bomb stops there.
+"""
 
 
 def limits_of(config: Config) -> Limits:
@@ -52,12 +58,14 @@ def limits_of(config: Config) -> Limits:
 
 
 def kernel_limits(m: Manager, jail: Jail, tenant: Tenant | None = None) -> Limits:
-    """`limits_of` with the root device's I/O limits, the CPUs that it has while it runs, and on v1 with no more CPU
-    than the tenant (its present form is found where it isn't given), which the kernel takes for an error there.
-    JailmgrError `unavailable`.
+    """`limits_of` with a limit of processes, the root device's I/O limits, the CPUs that it has while it runs, and on
+    v1 with no more CPU than the tenant (its present form is found where it isn't given), which the kernel takes for an
+    error there. JailmgrError `unavailable`.
     """
     limits, root = limits_of(jail.config), jail.devices.get("root", {})
     both = root.get("limits.max")
+    if limits.processes is None and cgroups.directory(m.hierarchies, "pids", m.root.cgroup) is not None:
+        limits = limits._replace(processes=PROCESSES)
     limits = limits._replace(
         io=io_limit(m, jail.name, root.get("limits.read", both), root.get("limits.write", both)),
         cpus=m.pins.get((jail.tenant, jail.name)),
@@ -141,11 +149,14 @@ def stop_timeout(jail: Jail, recipe: Recipe) -> int:
     return int(jail.config.get("boot.host_shutdown_timeout", recipe.stop_timeout))
 
 
-def make_plan(m: Manager, jail: Jail) -> Plan:
-    """All that the jail's start depends on. Reads the store; changes only the kept filter and the loaded profile."""
+def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
+    """All that the jail's start depends on. Reads the store; changes only the kept filter and the loaded profile.
+
+    `stopped`: choose no CPUs, which a jail that does not run would keep from others.
+    """
     image = m.store.find_image(jail.image)
     if image is None:
-        raise JailmgrError(f"jail {jail.name}", f"its image {jail.image[:12]} is gone", "", "missing")
+        raise JailmgrError(f"jail {jail.full_name}", f"its image {jail.image[:12]} is gone", "", "missing")
     tenant = m.store.tenant(jail.tenant)
     shape = shape_of(m.root, tenant, jail)
     variables = {
@@ -167,7 +178,7 @@ def make_plan(m: Manager, jail: Jail) -> Plan:
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic, shape) for nic in jail.nics],
-        limits=kernel_limits(m, jail)._replace(cpus=cpus_for(m, jail)),
+        limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
         seccomp=seccomp_filter(m.root),
         apparmor=ensure_profile(m.root),
         oom_score_adj=image.recipe.oom_score_adj,
@@ -200,11 +211,14 @@ def nic_plan(root: Root, network: Network, nic: Nic, shape: Mapping[str, tuple[s
     }
 
 
-def write_bundle(m: Manager, jail: Jail) -> str:
-    """Compile and save the jail's config.json; returns its directory. A running jail reads it when it reboots."""
+def write_bundle(m: Manager, jail: Jail, stopped: bool = False) -> str:
+    """Compile and save the jail's config.json; returns its directory. A running jail reads it when it reboots.
+
+    `stopped`: as make_plan; it is for `cp`, which needs no engine, and for adoption. A start writes it again.
+    """
     m.check_known(jail.tenant, jail.name)
     directory = m.root.jail_lib(jail.tenant, jail.name)
-    bundle = compile_bundle(make_plan(m, jail))
+    bundle = compile_bundle(make_plan(m, jail, stopped))
     # Replacing a file costs a start some milliseconds of the host's disk; most starts are as the last one.
     if read_json(f"{directory}/{CONFIG}") != bundle:
         save_bundle(directory, bundle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.key_checks import Endpoint, parse_endpoint
 from jailmgr.manager.host import Manager
 from jailmgr.model import Jail, Port
@@ -99,5 +99,10 @@ def unpublish(
             ):
                 gone[name] = None
     if not gone:
-        raise JailmgrError(f"port {host_port}", f"jail {jail} does not publish it", "See jailmgr port list.", "missing")
+        raise JailmgrError(
+            f"port {host_port}",
+            f"jail {full_name(tenant, jail)} does not publish it",
+            "See jailmgr port list.",
+            "missing",
+        )
     configure(m, tenant, jail, {}, gone)

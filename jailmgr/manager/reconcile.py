@@ -52,7 +52,7 @@ def reconcile(m: Manager) -> None:
         attempt("images", partial(_compare_images, m))
     for row in m.store.rows():
         if row.state != READY:
-            attempt(f"jail {row.jail.name}, {row.state}", partial(_finish, m, row))
+            attempt(f"jail {row.jail.full_name}, {row.state}", partial(_finish, m, row))
     alive = [jail for jail in m.store.jails() if is_up(m, jail)]
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
@@ -126,6 +126,8 @@ def _watch_over(m: Manager, tenant: str) -> None:
     if supervisor_process(m.root, tenant) is None:
         log.info("tenant %s has no supervisor: a new one adopts its jails", tenant)
         attach.connect(m.root, tenant).close()
+        if m.watcher is not None:
+            m.watcher.watch(tenant)  # once more: before, there was no supervisor to watch
     else:
         renew_supervisor(m.root, tenant)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import lxcfs, networks
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.host import Manager
@@ -13,7 +13,7 @@ from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
 from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.view import is_up, running
-from jailmgr.model import Jail
+from jailmgr.model import Jail, Stopped
 from jailmgr.runtime import attach
 
 WAIT_TIMEOUT = 120.0
@@ -27,7 +27,7 @@ def start(m: Manager, tenant: str, name: str, *, wait: bool = False) -> None:
     """
     with m.jail(tenant, name) as jail:
         if running(m, jail):
-            raise JailmgrError(f"jail {name}", "it runs already", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it runs already", "", "conflict")
         boot(m, jail)
     if wait:
         wait_ready(m, tenant, name)
@@ -91,9 +91,10 @@ def _supervisor(m: Manager, tenant: str) -> attach.Supervisor:
 
 def restart(
     m: Manager, tenant: str, name: str, *, force: bool = False, timeout: int | None = None, wait: bool = False
-) -> None:
+) -> Stopped:
     """Stop and start; a stopped jail is refused (JailmgrError `conflict`)."""
     from jailmgr.manager.stop import stop
 
-    stop(m, tenant, name, force=force, timeout=timeout)
+    stopped = stop(m, tenant, name, force=force, timeout=timeout)
     start(m, tenant, name, wait=wait)
+    return stopped

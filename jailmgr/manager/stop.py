@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from jailmgr.errors import JailmgrError
+import msgspec
+
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import networks
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cgroup_of, stop_timeout
 from jailmgr.manager.view import is_up, not_running, running
-from jailmgr.model import Jail, Recipe
+from jailmgr.model import Ending, Jail, Recipe, Stopped
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.state import supervisor_process
 
 
-def stop(m: Manager, tenant: str, name: str, *, force: bool = False, timeout: int | None = None) -> None:
+def stop(m: Manager, tenant: str, name: str, *, force: bool = False, timeout: int | None = None) -> Stopped:
     """Have init stop by its image's signal, kill after `timeout` seconds (None: the jail's own); `force` kills.
 
+    Returns how it ended.
     Raises JailmgrError: `missing`, `conflict` where it isn't running.
     """
     with m.jail(tenant, name) as jail:
         if not is_up(m, jail) and supervisor_process(m.root, tenant) is None:
             raise not_running(jail)
     # The supervisor is waited for with the jail unlocked, so that an impatient `stop --force` gets through.
-    end(m, jail, force, timeout)
+    return end(m, jail, force, timeout)
 
 
-def end(m: Manager, jail: Jail, force: bool, timeout: int | None = None) -> None:
+def end(m: Manager, jail: Jail, force: bool, timeout: int | None = None) -> Stopped:
     """`stop` for a jail that runs, or is about to be started again. JailmgrError `conflict` if neither."""
     image = m.store.find_image(jail.image)
     recipe = image.recipe if image else Recipe()
@@ -34,8 +37,9 @@ def end(m: Manager, jail: Jail, force: bool, timeout: int | None = None) -> None
     if not force and cgroups.is_frozen(m.hierarchies, cgroup):
         cgroups.thaw(m.hierarchies, cgroup)
     with attach.connect(m.root, jail.tenant) as supervisor:
-        supervisor.stop(jail.name, timeout, force, recipe.stop_signal)
+        last = msgspec.convert(supervisor.stop(jail.name, timeout, force, recipe.stop_signal), Ending)
     networks.unpublish(m, jail)
+    return Stopped(last, timeout if last.timed_out else None)
 
 
 def end_if_alive(m: Manager, jail: Jail) -> None:
@@ -53,7 +57,7 @@ def freeze(m: Manager, tenant: str, name: str) -> None:
     with m.jail(tenant, name) as jail:
         cgroup = _running_cgroup(m, jail)
         if cgroups.is_frozen(m.hierarchies, cgroup):
-            raise JailmgrError(f"jail {name}", "it is paused already", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it is paused already", "", "conflict")
         cgroups.freeze(m.hierarchies, cgroup)
 
 
@@ -62,7 +66,7 @@ def unfreeze(m: Manager, tenant: str, name: str) -> None:
     with m.jail(tenant, name) as jail:
         cgroup = _running_cgroup(m, jail)
         if not cgroups.is_frozen(m.hierarchies, cgroup):
-            raise JailmgrError(f"jail {name}", "it is not paused", "", "conflict")
+            raise JailmgrError(f"jail {full_name(tenant, name)}", "it is not paused", "", "conflict")
         m.check_disk()
         cgroups.thaw(m.hierarchies, cgroup)
 

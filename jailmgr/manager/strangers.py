@@ -14,13 +14,12 @@ from collections.abc import Iterable
 import msgspec
 
 from jailmgr.config import Root
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import kept
 from jailmgr.manager.host import ADOPT, BUILD_TENANT, Manager
 from jailmgr.manager.kept import OnDisk
 from jailmgr.manager.plan import cgroup_of
-from jailmgr.manager.ports import ports_of
-from jailmgr.model import Network, Nic, Port
+from jailmgr.model import Jail, Network, Nic
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up
@@ -118,7 +117,7 @@ def check_free(m: Manager, tenant: str, name: str) -> None:
             f"{' and '.join(there)} of that name already exist{'s' * (len(there) == 1)}, and the store does not know it"
         )
         hint = f"{ADOPT} Or remove what `jailmgr doctor` names, or choose another name."
-        raise JailmgrError(f"jail {name}", why, hint, "conflict")
+        raise JailmgrError(f"jail {full_name(tenant, name)}", why, hint, "conflict")
 
 
 def check_tenant_free(m: Manager, tenant: str) -> None:
@@ -135,22 +134,22 @@ def addresses_of_strangers(m: Manager) -> set[str]:
     return {address for one in m.strangers.values() for address in one.addresses}
 
 
-def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, list[Port]]]:
-    """The first interface of each that runs, with the ports that lead to it, for the rules."""
+def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, Jail]]:
+    """The first interface of each that runs, to which its ports lead, for the rules."""
     found = []
     for one in m.strangers.values():
         if one.up and one.on_disk.kept is not None and one.on_disk.kept.jail.nics:
             jail, networks = one.on_disk.kept.jail, one.on_disk.kept.networks
             nic = jail.nics[0]
-            found += [(network, nic, ports_of(jail)) for network in networks if network.name == nic.network]
+            found += [(network, nic, jail) for network in networks if network.name == nic.network]
     return found
 
 
 def image_of_stranger(m: Manager, fingerprint: str) -> str | None:
-    """Name of a jail that is made of the image and that the store does not know; None where there is none."""
+    """Full name of a jail that is made of the image and that the store does not know; None where there is none."""
     for one in m.strangers.values():
         if one.on_disk.kept is not None and one.on_disk.kept.jail.image == fingerprint:
-            return f"{one.tenant}/{one.name}"
+            return full_name(one.tenant, one.name)
     return None
 
 

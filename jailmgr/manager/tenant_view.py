@@ -121,10 +121,15 @@ def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
     )
 
 
-def _mean_cpus(m: Manager, tenant: str, cpu_ns: int) -> float:
-    """Number of CPUs it kept busy since somebody looked, a moment ago or more."""
+def _mean_cpus(m: Manager, tenant: str, cpu_ns: int) -> float | None:
+    """Number of CPUs it kept busy since somebody looked, a moment ago or more; None where nobody has.
+
+    The group may be older than this engine: its whole CPU time is no difference.
+    """
     now = time.monotonic()
-    at, before, mean = m.cpu_seen.get(tenant, (m.opened_at, 0, 0.0))
+    if tenant not in m.cpu_seen:
+        m.cpu_seen[tenant] = (now, cpu_ns, None)
+    at, before, mean = m.cpu_seen[tenant]
     if now - at >= LOOK_SECONDS:
         mean = round(max(0, cpu_ns - before) / 1e9 / (now - at), 2)
         m.cpu_seen[tenant] = (now, cpu_ns, mean)

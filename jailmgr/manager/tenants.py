@@ -17,7 +17,7 @@ from jailmgr.keys import check_name
 from jailmgr.manager.admission import admit_totals
 from jailmgr.manager.host import DEFAULT_TENANT, Manager
 from jailmgr.manager.kept import renew as renew_kept
-from jailmgr.manager.networks import claim_key, take_down_one
+from jailmgr.manager.networks import claim_key, limit_total_connections, take_down_one, total_connections
 from jailmgr.manager.plan import tenant_limits
 from jailmgr.manager.shaping import apply_tenant_rates, take_down_tenant
 from jailmgr.manager.strangers import check_tenant_free
@@ -94,6 +94,9 @@ def set_tenant(m: Manager, name: str, changes: Mapping[str, str | None]) -> Tena
             rewrite_bundles(m, old, new)
             if rates:
                 apply_tenant_rates(m, name)
+            if (total := total_connections(new)) != (before := total_connections(old)):
+                undo.callback(limit_total_connections, m, new, before)
+                limit_total_connections(m, new, total)
             undo.pop_all()
     return new
 
@@ -125,6 +128,7 @@ def delete_tenant(m: Manager, name: str) -> None:
     for network in networks:
         take_down_one(m, network)
     take_down_tenant(m, tenant)
+    limit_total_connections(m, tenant, None)
     m.store.remove_tenant(name)
     m.claimed.discard(f"uid/{name}")
     m.totals.pop(name, None)

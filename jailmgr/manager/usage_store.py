@@ -223,11 +223,11 @@ def _open_checked(path: str) -> sqlite3.Connection:
 
 
 def _is_file(path: str) -> bool:
-    """Whether it is a file, or not there. Opening a FIFO would wait for a writer."""
+    """Whether it is a file, or not there. Opening a FIFO would wait for a writer; a dangling link is neither."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
-        return True
+        return not os.path.islink(path)
 
 
 def _is_damage(path: str, error: Exception) -> bool:

@@ -204,4 +204,6 @@ def is_up(m: Manager, jail: Jail) -> bool:
 
 
 def not_running(jail: Jail) -> JailmgrError:
-    return JailmgrError(f"jail {jail.name}", "it is not running", f"Start it: jailmgr start {jail.name}", "conflict")
+    return JailmgrError(
+        f"jail {jail.full_name}", "it is not running", f"Start it: jailmgr start {jail.full_name}", "conflict"
+    )

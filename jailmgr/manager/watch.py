@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import lxcfs
 from jailmgr.runtime import attach
 from jailmgr.runtime.proc import open_process
@@ -186,13 +186,19 @@ class Watcher:
             while True:
                 state = load_state(self._m.root.tenant_run(tenant), name)
                 if state is None:
-                    raise JailmgrError(f"jail {name}", "it ended before it was up", f"See: jailmgr logs {name}")
+                    raise JailmgrError(
+                        f"jail {full_name(tenant, name)}",
+                        "it ended before it was up",
+                        f"See: jailmgr logs {full_name(tenant, name)}",
+                    )
                 if state.ready:
                     return
                 left = deadline - time.monotonic()
                 if left <= 0:
                     why = f"its init has not told within {timeout:g} s that the system is up; the jail runs on"
-                    raise JailmgrError(f"jail {name}", why, f"See: jailmgr logs {name}")
+                    raise JailmgrError(
+                        f"jail {full_name(tenant, name)}", why, f"See: jailmgr logs {full_name(tenant, name)}"
+                    )
                 self._changed.wait(left)
 
     def _run(self) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import ipaddress
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,23 @@ from jailmgr.runtime import netlink
 
 IPV4, IPV6 = "/proc/sys/net/ipv4", "/proc/sys/net/ipv6"
 MTU_MIN, MTU_MAX = 1280, 1500
+IFLA_GROUP, IFLA_BR_MULTI_BOOLOPT, IFLA_BR_FDB_MAX_LEARNED, BR_BOOLOPT_NO_LL_LEARN = 27, 46, 49, 0
+"""Of linux/if_link.h and linux/if_bridge.h: pyroute2 knows the first only."""
+LEARNED_MAX = 256
+"""Addresses that a bridge may learn. Ports of jails learn none: this is for a port that somebody else adds."""
+ROOM = {
+    "net.ipv4.neigh.default.gc_thresh2": 4096,
+    "net.ipv4.neigh.default.gc_thresh3": 8192,
+    "net.ipv6.neigh.default.gc_thresh2": 4096,
+    "net.ipv6.neigh.default.gc_thresh3": 8192,
+    "net.netfilter.nf_conntrack_max": 131_072,
+}
+"""Least values of the sysctls that bound tables which all jails share: neighbours and connections.
+
+A jail and its gateway take two neighbours in each family's table, which is one for all network namespaces.
+"""
+GROUPS = 0x6A6D0000
+"""The bridges of a tenant are a device group (ip-link(8)): this number plus the tenant's id. Admins use low numbers."""
 
 
 def bridge_name(root: Root, network_id: int) -> str:
@@ -32,8 +50,13 @@ def veth_name(root: Root, jail_id: int) -> str:
     return f"{root.link_prefix}v{jail_id:x}"
 
 
-def ensure_network(root: Root, network: Network) -> None:
-    """Makes a network's bridge as it should be: up, with its addresses; and lets the host forward.
+def tenant_group(tenant_id: int) -> int:
+    """Return the device group of a tenant's bridges."""
+    return GROUPS + tenant_id
+
+
+def ensure_network(root: Root, network: Network, group: int = 0) -> None:
+    """Make a network's bridge as it should be: up, with its addresses, in its tenant's group; let the host forward.
 
     Idempotent, and cheap where all is there. Raises JailmgrError.
     """
@@ -44,8 +67,20 @@ def ensure_network(root: Root, network: Network) -> None:
         up, there = netlink.addresses(name)
         if not up or not wanted <= there or _foreign(there, wanted):
             _make(name, bridge_mac(root, network.id), wanted)
+        _set_options(name, group)
     except OSError as error:
         raise from_os(f"network {network.name}", error) from error
+
+
+def make_room(proc: str = "/proc/sys") -> None:
+    """Raise the sysctls of ROOM that are lower, until the host boots. They stay as they are where they can't be set."""
+    for name, least in ROOM.items():
+        path = f"{proc}/{name.replace('.', '/')}"
+        value = _read(path)
+        if value.isdigit() and int(value) < least:
+            # /proc/sys may be read-only, and the sysctls of all network namespaces belong to the first one.
+            with contextlib.suppress(OSError):
+                Path(path).write_text(str(least))
 
 
 def remove_network(root: Root, network: Network) -> None:
@@ -124,6 +159,24 @@ def _make(name: str, mac: str, wanted: set[str]) -> None:
             own = ipaddress.ip_interface(address)
             route.addr("del", index=index, address=str(own.ip), prefixlen=own.network.prefixlen)
         route.link("set", index=index, state="up")
+
+
+def _set_options(name: str, group: int) -> None:
+    """Set a bridge's group, and bound its table of addresses. An older release's bridge gets them by this, too.
+
+    A bridge learns from frames to 01:80:c2:00:00:0X before any rule sees them, unless it is asked not to (since Linux
+    4.20). The bound is of Linux 6.7; older kernels ignore an attribute that they don't know.
+    """
+    # struct br_boolopt_multi: values, and which of them are meant.
+    no_link_local = struct.pack("=II", 1 << BR_BOOLOPT_NO_LL_LEARN, 1 << BR_BOOLOPT_NO_LL_LEARN)
+    options = netlink.attribute(IFLA_BR_MULTI_BOOLOPT, no_link_local)
+    options += netlink.attribute(IFLA_BR_FDB_MAX_LEARNED, struct.pack("=I", LEARNED_MAX))
+    kind = netlink.attribute(netlink.IFLA_INFO_KIND, b"bridge")
+    kind += netlink.attribute(netlink.IFLA_INFO_DATA | netlink.NLA_F_NESTED, options)
+    link = netlink.ifinfomsg(socket.if_nametoindex(name)) + netlink.attribute(IFLA_GROUP, struct.pack("=I", group))
+    with netlink.RouteSocket() as here:
+        link += netlink.attribute(netlink.IFLA_LINKINFO | netlink.NLA_F_NESTED, kind)
+        here.ask(netlink.message(netlink.RTM_NEWLINK, 0, link))
 
 
 def _settings(name: str) -> None:

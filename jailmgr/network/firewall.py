@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.keys import CONNECTIONS
 from jailmgr.model import Network, Nic, Port
 from jailmgr.network import nft, rules
 from jailmgr.network.bridge import bridge_name
@@ -22,14 +23,22 @@ Element = tuple[str, str, Any]
 """Family of the table, name of the set or map, and the element as JSON has it."""
 
 
+class Connections(NamedTuple):
+    """Limits on connections: by a jail's veth, where it is not the default, and by a tenant's device group."""
+
+    jails: Mapping[str, int] = {}
+    tenants: Mapping[int, int] = {}
+
+
 def apply_all(
     root: Root,
     networks: list[Network],
     nics: list[tuple[Network, Nic]],
     published: list[tuple[Port, Nic]],
     shaped: Collection[str] = (),
+    connections: Connections = Connections(),  # noqa: B008
 ) -> None:
-    """Makes both tables say this and no more, in one transaction. Raises JailmgrError.
+    """Makes both tables say this and no more; rules and elements in one transaction. Raises JailmgrError.
 
     `nics`: those of running jails, each with its network; `published`: their ports, each with the nic it leads to;
     `shaped`: the veths that `hold_to_queue` is for.
@@ -41,24 +50,36 @@ def apply_all(
         elements += _port_elements(port, nic)
     elements += map(_shaped_element, shaped)
     state = rules.frame(root) + _commands("add", root, elements)
-    try:
+    wanted = {
+        key: limit
+        for _, nic in nics
+        for key, limit in _limits(nic, connections.jails.get(nic.veth, CONNECTIONS)).items()
+    }
+    for group, limit in connections.tenants.items():
+        wanted |= _tenant_limits(group, limit)
+
+    def apply() -> None:
         nft.run_text(rules.declarations(root))
+        _count(root, wanted)
         nft.run(state)
+
+    try:
+        apply()
     except nft.NftError as error:
         if not error.exists:
             raise
         # A set of the same name and of another type: the tables of an older version.
         remove_all(root)
-        nft.run_text(rules.declarations(root))
-        nft.run(state)
+        apply()
 
 
-def add_jail(root: Root, network: Network, nic: Nic, published: list[Port]) -> None:
+def add_jail(root: Root, network: Network, nic: Nic, published: list[Port], connections: int = CONNECTIONS) -> None:
     """Lets a jail's port speak, and publishes its ports. Idempotent.
 
     Raises JailmgrError; nft.NftError with `missing` where the tables are gone: `apply_all` brings them back.
     """
     elements = [_bridge_element(root, network), *_nic_elements(nic)]
+    nft.run_text("\n".join(_counted_text("add", root, *each) for each in _limits(nic, connections).items()))
     for port in published:
         elements += _port_elements(port, nic)
     _add(root, elements)
@@ -69,7 +90,33 @@ def remove_jail(root: Root, nic: Nic, published: list[Port]) -> None:
     elements = _nic_elements(nic)
     for port in published:
         elements += _port_elements(port, nic)
-    _remove(root, elements)
+    limits = _limits(nic, CONNECTIONS)
+    counted: list[Element] = [("inet", name, key) for name, key in limits]
+    try:
+        # As `_remove`, but what counts must not be added. One transaction: the kernel makes each that deletes wait.
+        nft.run(_commands("add", root, elements) + _commands("delete", root, [*elements, *counted]))
+    except nft.NftError:
+        _remove(root, elements)
+        _replace(root, limits, ("add", "delete"))
+
+
+def limit_jail(root: Root, nic: Nic, connections: int) -> None:
+    """Hold a jail to another number of connections, counted from now on.
+
+    Raises JailmgrError; nft.NftError with `missing` where the tables are gone: `apply_all` brings them back.
+    """
+    _replace(root, _limits(nic, connections))
+
+
+def limit_tenant(root: Root, group: int, connections: int | None) -> None:
+    """Hold a tenant's jails together to another number of connections, counted from now on; None: to none.
+
+    Raises JailmgrError; nft.NftError with `missing` where the tables are gone: `apply_all` brings them back.
+    """
+    if connections is None:
+        _replace(root, _tenant_limits(group, 1), ("add", "delete"))
+    else:
+        _replace(root, _tenant_limits(group, connections))
 
 
 def remove_network(root: Root, network: Network) -> None:
@@ -160,6 +207,55 @@ def _nic_elements(nic: Nic) -> list[Element]:
         *(("bridge", "ipv6", {"concat": [nic.veth, address]}) for address in own6),
         *(("bridge", "targets", {"concat": [nic.veth, hex(int(ipaddress.IPv6Address(address)))]}) for address in own6),
     ]
+
+
+Counted = tuple[str, str | int]
+"""One of rules.COUNTED, and a key in it."""
+
+
+def _limits(nic: Nic, limit: int) -> dict[Counted, int]:
+    return {("opened", nic.mac): limit, ("taken_ipv4", nic.ipv4): limit, ("taken_ipv6", nic.ipv6): limit}
+
+
+def _tenant_limits(group: int, connections: int) -> dict[Counted, int]:
+    return {("tenant_opened", group): connections, ("tenant_taken", group): connections}
+
+
+def _counted_text(verb: str, root: Root, counted: Counted, limit: int) -> str:
+    """Return a command that adds or deletes an element with a limit of its own, which JSON in nftables 1.0.6 ignores.
+
+    No element may be added without one. The kernel then makes a copy of the set's own, and where the element is there
+    already, it counts down by that copy how many need conntrack: at 0 it switches that off (nft_add_set_elem, 6.18).
+    """
+    name, key = counted
+    more = f' ct count over {limit} comment "{limit}"' if verb == "add" else ""
+    return f"{verb} element inet {root.table} {name} {{ {key}{more} }}"
+
+
+def _replace(root: Root, limits: Mapping[Counted, int], verbs: Sequence[str] = ("add", "delete", "add")) -> None:
+    """Add each element first: one that is not there can't be deleted. To delete is fine where the tables are gone."""
+    commands = [_counted_text(verb, root, *each) for each in limits.items() for verb in verbs]
+    try:
+        nft.run_text("\n".join(commands))
+    except nft.NftError as error:
+        if not error.missing or verbs[-1] != "delete":
+            raise
+
+
+def _count(root: Root, wanted: Mapping[Counted, int]) -> None:
+    """Make the sets of rules.COUNTED hold these elements and no others. An element that is right keeps its count."""
+    there: dict[Counted, str | None] = {}
+    for name in rules.COUNTED:
+        listed = nft.run([{"list": {"set": {"family": "inet", "table": root.table, "name": name}}}])
+        (found,) = [item["set"].get("elem", []) for item in listed if "set" in item]
+        there |= {(name, each["elem"]["val"]): each["elem"].get("comment") for each in found}
+    wrong = [key for key, limit in there.items() if str(wanted.get(key)) != limit]
+    commands = [_counted_text("delete", root, key, 0) for key in wrong]
+    commands += [
+        _counted_text("add", root, key, limit) for key, limit in wanted.items() if there.get(key) != str(limit)
+    ]
+    if commands:
+        nft.run_text("\n".join(commands))
 
 
 def _shaped_element(veth: str) -> Element:

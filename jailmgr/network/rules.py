@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from jailmgr.config import Root
+from jailmgr.keys import CONNECTIONS
 from jailmgr.runtime.shaping import MARK
 
 Json = dict[str, Any]
@@ -35,6 +36,28 @@ MAPS = {
 }
 """Published ports: address of the host where one was named, protocol, port; and where they lead."""
 
+COUNTED = {
+    "opened": "ether_addr",
+    "taken_ipv4": "ipv4_addr",
+    "taken_ipv6": "ipv6_addr",
+    "tenant_opened": "devgroup",
+    "tenant_taken": "devgroup",
+}
+"""Sets of the inet table whose elements count connections, each up to a limit of its own (nft(8), CT COUNT).
+
+The key is the MAC for connections that a jail opens, the jail's address for connections that the world opens to it.
+Both also count for the tenant, by the device group of its bridges (bridge.tenant_group). An element that is replaced
+or flushed loses its count.
+"""
+
+FULL = "_full"
+"""The suffix of a set beside each of those, which holds the keys that have just met their limit, for FULL_MS.
+
+Their connections are dropped without a look at the count. A look takes the longer the more is counted, and adds the
+dropped connection to the count, from which the kernel removes only a few at a time (nf_conncount_add).
+"""
+FULL_MS = 10
+
 CHAINS: dict[str, dict[str, tuple[str, str, int] | None]] = {
     "inet": {
         "prerouting": ("nat", "prerouting", -100),
@@ -43,10 +66,15 @@ CHAINS: dict[str, dict[str, tuple[str, str, int] | None]] = {
         "raw": ("filter", "prerouting", -300),
         "input": ("filter", "input", 0),
         "forward": ("filter", "forward", 0),
+        "opened": None,
+        "taken": None,
     },
     "bridge": {
         # Before br_netfilter's own hook (NF_BR_PRI_BRNF, 0) makes IP packets of frames.
         "prerouting": ("filter", "prerouting", -300),
+        # Frames to 01:80:c2:00:00:0X, which no bridge forwards, come by no other hook, and those to …:0E by none at all
+        # (br_handle_frame of net/bridge): runtime/netlink.py and the `raw` chain hold these.
+        "input": ("filter", "input", -300),
         "arp_from_jail": None,
         "ipv4_from_jail": None,
         "ipv6_from_jail": None,
@@ -60,11 +88,15 @@ def declarations(root: Root) -> str:
     for verb, declared in (("set", SETS), ("map", MAPS)):
         for (family, name), kind in declared.items():
             commands.append(f"add {verb} {family} {root.table} {name} {{ {kind}; }}")
+    for name, kind in COUNTED.items():
+        commands.append(f"add set inet {root.table} {name} {{ type {kind}; ct count over {CONNECTIONS}; }}")
+        brief = f"type {kind}; flags dynamic,timeout; timeout {FULL_MS}ms; size {1 << 20};"
+        commands.append(f"add set inet {root.table} {name}{FULL} {{ {brief} }}")
     return "\n".join(commands)
 
 
 def frame(root: Root) -> list[Json]:
-    """Chains and rules; whatever the tables held before is gone. No elements."""
+    """Return chains and rules, without elements; whatever the tables held before is gone, except for COUNTED."""
     commands: list[Json] = []
     for verb, declared in (("set", SETS), ("map", MAPS)):
         for family, name in declared:
@@ -75,18 +107,25 @@ def frame(root: Root) -> list[Json]:
             at = {} if hook is None else dict(zip(("type", "hook", "prio"), hook, strict=True)) | {"policy": "accept"}
             commands.append({"add": {"chain": table | {"name": name} | at}})
         commands.append({"flush": {"table": {"family": family, "name": root.table}}})
-        rules = _inet(f"{root.link_prefix}b*") if family == "inet" else _bridge(f"{root.link_prefix}v*")
+        ports = f"{root.link_prefix}v*"
+        rules = _inet(f"{root.link_prefix}b*", ports) if family == "inet" else _bridge(ports)
         commands += [{"add": {"rule": table | {"chain": chain, "expr": list(expr)}}} for chain, expr in rules]
     return commands
 
 
-def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
+def _inet(ours: str, ports: str) -> list[tuple[str, tuple[Json, ...]]]:
     from_jail, to_jail = _is(_meta("iifname"), ours), _is(_meta("oifname"), ours)
     not_from_jail, not_to_jail = _is(_meta("iifname"), ours, "!="), _is(_meta("oifname"), ours, "!=")
     to_bridge = _is({"fib": {"result": "type", "flags": ["daddr", "iif"]}}, "local")
     to_host = _is({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
     published, replies = _is(_ct("status"), "dnat", "in"), _is(_ct("state"), ["established", "related"], "in")
     dns, refuse = _is(_payload("th", "dport"), DNS), {"reject": {"type": "icmpx", "expr": "admin-prohibited"}}
+    # Only a connection's first packet: a look at the count takes time.
+    first = _is(_ct("status"), "confirmed", "!")
+    # The kernel counts a reset connection no more, keeps it for 10 s (nf_conntrack_tcp_timeout_close), and lets SYN and
+    # answer open it again. Until it is forgotten and counts as a new one, the SYN is dropped.
+    flags = {"&": [_payload("tcp", "flags"), {"|": ["syn", "ack"]}]}
+    opens_closed = (_is(_ct("state"), "established", "in"), _is(flags, "syn"), _is(_ct("expiration"), 10, "<="))
     loopback4 = {"prefix": {"addr": "127.0.0.0", "len": 8}}
     redirect = [
         (_dnat("ip", "at_ipv4", _payload("ip", "daddr")),),
@@ -106,9 +145,13 @@ def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         # A jail that asks for its neighbour by the host's address must get the answer by way of the host.
         ("postrouting", (from_jail, to_jail, published, {"masquerade": None})),
         ("postrouting", (to_jail, _is(_payload("ip", "saddr"), loopback4), {"masquerade": None})),
+        # A bridge hands on what it has received as its own; a packet that comes by a port itself has passed no rule.
+        ("raw", (_is(_meta("iifname"), ports), _DROP)),
         ("raw", (not_from_jail, _ACCEPT)),
         ("raw", (_is(_payload("ip", "daddr"), loopback4), _DROP)),
         ("input", (not_from_jail, _ACCEPT)),
+        ("input", (*opens_closed, _DROP)),
+        ("input", (first, {"jump": {"target": "opened"}})),
         ("input", (replies, _ACCEPT)),
         ("input", (_is(_meta("l4proto"), {"set": ["icmp", "ipv6-icmp"]}), _ACCEPT)),
         ("input", (to_bridge, _is(_meta("l4proto"), {"set": ["tcp", "udp"]}), dns, _ACCEPT)),
@@ -116,16 +159,34 @@ def _inet(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("input", (_is(_payload("udp", "dport"), DHCP6_SERVER), _ACCEPT)),
         ("input", (refuse,)),
         ("forward", (not_from_jail, not_to_jail, _ACCEPT)),
+        ("forward", (*opens_closed, _DROP)),
+        ("forward", (first, from_jail, {"jump": {"target": "opened"}})),
+        ("forward", (first, not_from_jail, {"jump": {"target": "taken"}})),
         ("forward", (replies, _ACCEPT)),
         ("forward", (_is({"concat": [_meta("iifname"), _meta("oifname")]}, "@bridges"), _ACCEPT)),
         ("forward", (from_jail, to_jail, refuse)),
         ("forward", (from_jail, _ACCEPT)),
         ("forward", (published, _ACCEPT)),
         ("forward", (refuse,)),
+        *_counted("opened", _payload("ether", "saddr"), "opened"),
+        *_counted("opened", _meta("iifgroup"), "tenant_opened"),
+        *_counted("taken", _payload("ip", "daddr"), "taken_ipv4"),
+        *_counted("taken", _payload("ip6", "daddr"), "taken_ipv6"),
+        *_counted("taken", _meta("oifgroup"), "tenant_taken"),
+    ]
+
+
+def _counted(chain: str, key: Json, name: str) -> list[tuple[str, tuple[Json, ...]]]:
+    """Drop what is over the limit of its key."""
+    full = f"@{name}{FULL}"
+    return [
+        (chain, (_is(key, full), _DROP)),
+        (chain, (_is(key, f"@{name}"), {"set": {"op": "add", "elem": key, "set": full}}, _DROP)),
     ]
 
 
 def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
+    link_local = _is({"&": [_payload("ether", "daddr"), "ff:ff:ff:ff:ff:f0"]}, "01:80:c2:00:00:00")
     families = {"arp": "arp_from_jail", "ip": "ipv4_from_jail", "ip6": "ipv6_from_jail"}
     jumps = {"set": [[family, {"jump": {"target": chain}}] for family, chain in families.items()]}
     unspecified6 = _is(_payload("ip6", "saddr"), "::")
@@ -140,6 +201,7 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("prerouting", (_not_own(_payload("ether", "saddr"), "macs"), _DROP)),
         ("prerouting", ({"vmap": {"key": _payload("ether", "type"), "data": jumps}},)),
         ("prerouting", (_DROP,)),
+        ("input", (_is(_meta("iifname"), ours), link_local, _DROP)),
         ("arp_from_jail", (_not_own(_payload("arp", "saddr ether"), "macs"), _DROP)),
         # An ARP probe (RFC 5227, 2.1.1) tells of no address.
         (

@@ -171,7 +171,10 @@ def _make(here: netlink.RouteSocket, name: str) -> int:
     mode = attribute(netlink.IFLA_INET6_ADDR_GEN_MODE, bytes([netlink.IN6_ADDR_GEN_MODE_NONE]))
     family = attribute(netlink.AF_INET6 | NLA_F_NESTED, mode)
     quiet = netlink.ifinfomsg(index) + attribute(netlink.IFLA_AF_SPEC | NLA_F_NESTED, family)
-    here.ask(message(netlink.RTM_SETLINK, 0, quiet), message(netlink.RTM_SETLINK, 0, netlink.ifinfomsg(index, up=True)))
+    here.ask(
+        message(netlink.RTM_SETLINK, 0, quiet),
+        message(netlink.RTM_SETLINK, 0, netlink.ifinfomsg(index, netlink.IFF_UP)),
+    )
     # struct tc_htb_glob: version, rate2quantum, defcls, debug, direct_pkts.
     options = attribute(TCA_HTB_INIT, struct.pack("=5I", HTB_VERSION, 10, REST, 0, 0))
     qdisc = tcmsg(index, MAJOR, TC_H_ROOT, 0, b"htb") + attribute(TCA_OPTIONS | NLA_F_NESTED, options)

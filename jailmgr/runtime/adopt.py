@@ -17,7 +17,7 @@ from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.proc import Process, open_process
 from jailmgr.runtime.pty import check_master, open_pty
-from jailmgr.runtime.state import LAST, WAITS, load_state, load_wait, remove_state, remove_wait, set_runs
+from jailmgr.runtime.state import LAST, WAITS, State, load_state, load_wait, remove_state, remove_wait, set_runs
 
 CONSOLE_SECONDS = 5.0
 
@@ -40,13 +40,17 @@ def adopt_all(host: Host, jails: dict[str, Jail]) -> None:
 def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     state = load_state(host.run, name)
     if state is None:
-        print(f"jail {name}: {host.run}/{name}.json is of another release, or broken: left alone", file=sys.stderr)
+        print(
+            f"jail {host.full_name(name)}: {host.run}/{name}.json is of another release, or broken: left alone",
+            file=sys.stderr,
+        )
         return
     try:
         jail = Jail(host, name, state.lib)
-    except JailmgrError:
-        remove_state(host.run, name)
+    except JailmgrError as error:
+        _forget(host, name, state, error)
         return
+    jail.bundle = jail.bundle._replace(cgroup=state.cgroup)
     if state.once:
         jail.clear()
         return
@@ -68,6 +72,17 @@ def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     jail.adopt(state, pidfd)
     if jail.bundle.terminal:
         _give_console(host, jail)
+
+
+def _forget(host: Host, name: str, state: State, error: JailmgrError) -> None:
+    """A state file whose jail has no config.json of its own any more: it goes once its process has ended."""
+    pidfd = open_process(Process(state.pid, state.starttime)) if state.boot_id == host.boot_id else None
+    if pidfd is None:
+        remove_state(host.run, name)
+        return
+    os.close(pidfd)
+    why = f"process {state.pid} runs, and is left alone: {error}"
+    print(f"jail {host.full_name(name)}: {why}", file=sys.stderr)
 
 
 def _adopt_waiting(host: Host, jails: dict[str, Jail], name: str) -> None:
@@ -106,7 +121,10 @@ def _give_console(host: Host, jail: Jail) -> None:
         if "error" in said.body:
             jail.log.note(f"no new console: {said.body['error'].get('why')}")
         if "pid" in said.body and program < 0:
-            program = os.pidfd_open(said.body["pid"])
+            try:
+                program = os.pidfd_open(said.body["pid"])
+            except ProcessLookupError:
+                return True  # it has ended, and was reaped
             host.loop.watch(program, lambda _: done(program))
         if said.fds:
             try:
@@ -122,8 +140,8 @@ def _give_console(host: Host, jail: Jail) -> None:
         while heard():
             pass
         host.loop.forget(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         os.close(pidfd)
+        host.reaper.look()
 
     def ready(_: int) -> None:
         heard()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from jailmgr.errors import JailmgrError, from_dict
+from jailmgr.errors import JailmgrError, from_dict, full_name
 from jailmgr.runtime import compact_json, protocol
 
 TYPE_CHECKING = False
@@ -36,6 +36,10 @@ sys.path.insert(0, sys.argv[1])
 from jailmgr.runtime.supervisor import resume
 resume(sys.argv[2], int(sys.argv[3]))
 """
+
+
+STOP_GRACE = 20.0
+"""For a supervisor to answer after the time that a jail has to stop: it kills the jail then (jail.KILL_SECONDS)."""
 
 
 class Supervisor:
@@ -110,14 +114,23 @@ class Supervisor:
         return state
 
     def stop(
-        self, jail: str, timeout: float = 30.0, force: bool = False, signal: str = "", by: str = "admin"
+        self,
+        jail: str,
+        timeout: float = 30.0,
+        force: bool = False,
+        signal: str = "",
+        by: str = "admin",
+        grace: float = STOP_GRACE,
     ) -> dict[str, Any]:
         """Stop a jail, and wait until nothing of it is left: how it ended (model.Ending).
 
         `signal`: the bundle's when empty. After `timeout` seconds, or at once with `force`, it is killed.
-        `by`: `admin`, or `host`: it is to run again when that is up again.
+        `by`: `admin`, or `host`: it is to run again when that is up again. `grace`: seconds the supervisor has to
+        answer after that. Raises JailmgrError: `failed` where the jail outlives SIGKILL, `unavailable` where the
+        supervisor does not answer.
         """
-        asked = self.ask("stop", jail=jail, signal=signal, timeout=timeout, force=force, by=by)
+        within = (0.0 if force else timeout) + grace
+        asked = self.ask("stop", within=within, jail=jail, signal=signal, timeout=timeout, force=force, by=by)
         last: dict[str, Any] = asked.body["last"]
         return last
 
@@ -147,6 +160,9 @@ def connect(root: Root, tenant: str, start: bool = True) -> Supervisor:
             sock = _try(run)
             if sock is not None:
                 return Supervisor(root, tenant, sock)
+            from jailmgr.runtime.orphans import end_orphans
+
+            end_orphans(run)
             _start(root, run)
             sock = _try(run)
             if sock is not None:
@@ -186,7 +202,12 @@ def connect_running(root: Root, tenant: str, jail: str) -> Supervisor:
     from jailmgr.runtime.state import running_jails
 
     if jail not in running_jails(root, tenant):
-        raise JailmgrError(f"jail {jail}", "is not running", f"Start it: jailmgr start {jail}", "conflict")
+        raise JailmgrError(
+            f"jail {full_name(tenant, jail)}",
+            "is not running",
+            f"Start it: jailmgr start {full_name(tenant, jail)}",
+            "conflict",
+        )
     return connect(root, tenant)
 
 
@@ -198,6 +219,9 @@ def _try(run: str) -> _socket.socket | None:
         return None
     except BlockingIOError:
         raise silent(os.path.basename(run)) from None
+    if not protocol.listener_lives(sock):
+        sock.close()
+        return None
     try:
         sock.settimeout(ANSWER_SECONDS)
         protocol.send(sock, {"v": protocol.VERSION, "op": "hello"})

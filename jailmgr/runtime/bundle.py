@@ -62,12 +62,21 @@ class Plan(NamedTuple):
     """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
 
 
+TERMINALS = 256
+"""Of the jail's own devpts (mount option `max`). The kernel has kernel.pty.max for the whole host, of which
+kernel.pty.reserve are for the host's own devpts."""
+FILE_SYSTEMS = ("bcache", "btrfs", "erofs", "ext4", "f2fs", "nilfs2", "ocfs2", "xfs")
+"""Those with a directory in /sys/fs for each that is mounted, or one for all."""
 _MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/proc", "proc", ("nosuid", "nodev", "noexec")),
     ("/sys", "sysfs", ("nosuid", "nodev", "noexec", "ro")),
     ("/sys/fs/cgroup", "cgroup2", ("nosuid", "nodev", "noexec")),
     ("/dev", "tmpfs", ("nosuid", "noexec", "mode=755", "size=512k", "nr_inodes=2048")),
-    ("/dev/pts", "devpts", ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")),
+    (
+        "/dev/pts",
+        "devpts",
+        ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5", f"max={TERMINALS}"),
+    ),
     ("/dev/mqueue", "mqueue", ("nosuid", "nodev", "noexec")),
     ("/dev/shm", "tmpfs", ("nosuid", "nodev", "mode=1777")),
     ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
@@ -76,8 +85,16 @@ DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 MASKED = (
     "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug",
     "/proc/scsi", "/sys/firmware",
+    # The host's disks and file systems: their names and sizes, and the paths of the pools' loop devices.
+    "/proc/fs", "/proc/mdstat", "/proc/partitions", "/sys/block", "/sys/class/block", "/sys/dev/block",
+    "/sys/devices/virtual/block",
+    # Sizes and limits of the volumes of all jails (qgroups), and what else file systems show of themselves.
+    *(f"/sys/fs/{name}" for name in FILE_SYSTEMS),
+    # How many objects of each kind the kernel holds for everyone.
+    "/sys/kernel/slab",
 )  # fmt: skip
-READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
+# /proc/pressure: a trigger that is written there gets a real-time kernel thread, outside of the jail's limits.
+READONLY = ("/proc/bus", "/proc/irq", "/proc/pressure", "/proc/sysrq-trigger")
 
 
 _THROTTLES = (

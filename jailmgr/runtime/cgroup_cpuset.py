@@ -1,7 +1,7 @@
 """Which CPUs a group's processes run on, so that what counts CPUs (sched_getaffinity(2), nproc) counts these.
 
 On v2 a file of the group (cgroup-v2.rst, "Cpuset Interface Files"). On v1 a hierarchy of its own (cgroup-v1's
-cpusets.rst) that only jails with such a limit are in: joining one costs each start. Nothing can join a group of it
+cpusets.rst), in which each jail has a group, with all CPUs where it has no such limit. Nothing can join a group of it
 before that, and all above it, have CPUs and memory nodes. CPUs are written as the kernel's lists: `0-2,5`. Standard
 library only.
 """
@@ -40,21 +40,27 @@ def host_cpus(h: Hierarchies, root_name: str) -> list[int]:
 
 
 def make_cpuset(h: Hierarchies, cgroup: str, cpus: str | None) -> None:
-    """For a jail that is about to start: with v1 and CPUs to have, its group there. Raises OSError.
+    """For a jail that is about to start: with v1, its group there, with these CPUs or all. Raises OSError.
 
     CPUs that the host no longer has are left out; with none left it has all.
     """
-    if cpus is None or not h.cpuset:
+    if not h.cpuset:
         return
-    above = h.cpuset
-    for name in relative(cgroup).split("/"):
-        group = f"{above}/{name}"
-        os.makedirs(group, 0o755, exist_ok=True)
+    above, jail = h.cpuset, relative(cgroup)
+    path = ""
+    for name in jail.split("/"):
+        path = f"{path}/{name}".lstrip("/")
+        group = f"{h.cpuset}/{path}"
+        if not os.path.isdir(group):
+            os.makedirs(group, 0o755, exist_ok=True)
         _write(f"{group}/cpuset.mems", read(f"{above}/cpuset.mems"))
-        there = read(f"{above}/cpuset.cpus")
-        if group.endswith(f"/{relative(cgroup)}"):
-            there = format_cpus([cpu for cpu in parse_cpus(cpus) if cpu in parse_cpus(there)]) or there
-        _write(f"{group}/cpuset.cpus", there)
+        wanted = read(f"{above}/cpuset.cpus")
+        if path == jail and cpus is not None:
+            wanted = format_cpus([cpu for cpu in parse_cpus(cpus) if cpu in parse_cpus(wanted)]) or wanted
+        _write(f"{group}/cpuset.cpus", wanted)
+        if path != jail and read(f"{group}/cgroup.clone_children") != "1":
+            # A new group gets the CPUs and memory nodes of this one: a write of them costs some milliseconds.
+            write(f"{group}/cgroup.clone_children", "1")
         above = group
 
 

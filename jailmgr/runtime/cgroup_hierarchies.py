@@ -26,6 +26,8 @@ WITHOUT_V2 = ("cpuacct", "freezer")
 """What v2 groups do with no controller (cpu.stat, cgroup.freeze): v1's are used where there is no v2 at all."""
 
 
+_FLAGS = ("rw", "ro", "none", "xattr", "noprefix", "clone_children", "cpuset_v2_mode", "favordynmods")
+
 SYSTEMD = os.path.isdir("/run/systemd/system")
 """This host's process 1 is systemd, and cgroups are its own (sd_booted(3)): runtime/scope.py."""
 
@@ -44,7 +46,11 @@ class Hierarchies(NamedTuple):
     mounts: tuple[str, ...]
     """The mount points of `v1`, each once."""
     cpuset: str = ""
-    """Mount point of v1's cpuset, which not every jail joins; empty where v2 has it, or the host hasn't."""
+    """Mount point of v1's cpuset; empty where v2 has it, or the host hasn't. A group there needs CPUs before anyone can
+    join it (runtime/cgroup_cpuset.py)."""
+    others: dict[str, str] = {}
+    """All other v1 hierarchies, named ones too (`name=systemd`), to their mount points. A jail has a group in each: in
+    a hierarchy that it never joined, the root of its cgroup namespace is the host's group and shows all names."""
 
 
 def discover(mountinfo: str | None = None) -> Hierarchies:
@@ -54,6 +60,7 @@ def discover(mountinfo: str | None = None) -> Hierarchies:
     """
     unified = ""
     v1: dict[str, str] = {}
+    places: dict[bytes, tuple[str, str]] = {}
     with open(mountinfo or "/proc/self/mountinfo", "rb") as file:
         for line in file.read().splitlines():
             before, _, after = line.partition(b" - ")
@@ -67,8 +74,11 @@ def discover(mountinfo: str | None = None) -> Hierarchies:
             if kind == b"cgroup2":
                 unified = unified or path
                 continue
-            for option in after.split(b" ")[2].split(b","):
-                v1.setdefault(os.fsdecode(option), path)
+            # One hierarchy may be mounted at several places: the device number says which it is.
+            options = os.fsdecode(after.split(b" ")[2]).split(",")
+            places.setdefault(place[2], (",".join(each for each in options if not _is_flag(each)), path))
+            for option in options:
+                v1.setdefault(option, path)
     v2: tuple[str, ...] = ()
     if unified:
         offered = read(f"{unified}/cgroup.controllers").split()
@@ -86,7 +96,26 @@ def discover(mountinfo: str | None = None) -> Hierarchies:
             "unavailable",
         )
     mounts = tuple(dict.fromkeys(v1.values()))
-    return Hierarchies(unified, v2, v1, mounts, "" if cpuset in mounts else cpuset)
+    cpuset = "" if cpuset in mounts else cpuset
+    others = {name: path for name, path in places.values() if path not in (*mounts, cpuset)}
+    return Hierarchies(unified, v2, v1, mounts, cpuset, others)
+
+
+def not_writable(mountinfo: str = "/proc/self/mountinfo") -> list[str]:
+    """Mount points of v1 hierarchies that are mounted read-only everywhere: no jail can have a group in them."""
+    closed: dict[bytes, str] = {}
+    with open(mountinfo, "rb") as file:
+        found = [line.split(b" ") for line in file.read().splitlines() if b" - cgroup " in line]
+    open_ = {place[2] for place in found if b"rw" in place[5].split(b",")}
+    for place in found:
+        if place[2] not in open_:
+            closed.setdefault(place[2], _unescape(place[4]))
+    return list(closed.values())
+
+
+def _is_flag(option: str) -> bool:
+    """Whether a mount option of v1 is neither a controller nor the hierarchy's name (cgroups(7))."""
+    return option in _FLAGS or option.startswith("release_agent=")
 
 
 def _unescape(path: bytes) -> str:

@@ -1,8 +1,13 @@
 """The groups of tenants and jails: made, joined, removed, listed; and in one place, all else that is done with them.
 
-`ROOT/TENANT/JAIL` is a directory of ours in each hierarchy in use. On v2 it has `payload` below it, the root of the
-guest's cgroup namespace, delegated as cgroup-v2.rst has it ("Delegation"). On v1 the guest's processes are in `JAIL`
-itself, and the guest may not make groups. Nothing is written outside of ROOT but v2's root cgroup.subtree_control.
+`ROOT/TENANT/JAIL` is a directory of ours in each hierarchy that is mounted. On v2 it has `payload` below it, the root
+of the guest's cgroup namespace, delegated as cgroup-v2.rst has it ("Delegation"). On v1 the guest's processes are in
+`JAIL` itself, and the guest may not make groups. Nothing is written outside of ROOT but v2's root
+cgroup.subtree_control.
+
+Hierarchies that limit nothing (`Hierarchies.others`) are joined because of names: cgroup_namespaces(7) hides what lies
+above and beside the group that a process is in when its namespace is made, and in the hierarchy's root nothing does.
+Where such a hierarchy can't be written, the jail starts and sees its names (`jailmgr doctor` reports it).
 
 Joining by cgroup.procs costs 6-10 ms when nobody did it for a while (a grace period of RCU, kernel 6.18). Two ways go
 past it: clone3(2) with CLONE_INTO_CGROUP and `leaf_fd` on v2, and `open_tasks` and `join_self` on v1. Standard library
@@ -16,11 +21,14 @@ import os
 import time
 
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.runtime.cgroup_bounds import ALL_GROUPS, JAIL_GROUPS, TENANT_GROUPS, hold, hold_processes
 from jailmgr.runtime.cgroup_cpuset import host_cpus as host_cpus
 from jailmgr.runtime.cgroup_cpuset import make_cpuset
 from jailmgr.runtime.cgroup_hierarchies import SYSTEMD, read, relative, write
 from jailmgr.runtime.cgroup_hierarchies import Hierarchies as Hierarchies
+from jailmgr.runtime.cgroup_hierarchies import directory as directory
 from jailmgr.runtime.cgroup_hierarchies import discover as discover
+from jailmgr.runtime.cgroup_hierarchies import not_writable as not_writable
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES as DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import Limits as Limits
 from jailmgr.runtime.cgroup_limits import check_limits as check_limits
@@ -40,11 +48,14 @@ EXEC = "payload/.exec"
 OUTSIDE = "exec"
 """Leaf beside the payload for what is exec'd when the guest spoilt `.exec` (made it threaded, used up its groups)."""
 
+_OF_SYSTEMD = frozenset({"name=systemd", "cpu", "cpuacct", "blkio", "memory", "devices", "pids"})
+"""v1 hierarchies that systemd(1) keeps a scope's groups in, and removes them from."""
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 DELEGATED = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 
-MAX_DESCENDANTS = 4096
-"""Groups a guest may make: each costs the host memory that is charged to nobody."""
 MAX_DEPTH = 32
+"""Of a guest's groups below each other."""
 
 
 def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
@@ -55,16 +66,33 @@ def tenant_group(h: Hierarchies, root_name: str, tenant: str) -> None:
     try:
         for mount in h.mounts:
             os.makedirs(f"{mount}/{relative(f'{root_name}/{tenant}')}", 0o755, exist_ok=True)
+        for mount in h.others.values():
+            _try_make(f"{mount}/{relative(f'{root_name}/{tenant}')}")
+        root_group(h, root_name)
         if h.unified:
-            top = f"{h.unified}/{relative(root_name)}"
-            if not SYSTEMD:
-                _enable(h, h.unified)
-                _make(top)
-            _enable(h, top)
-            _make(f"{h.unified}/{relative(f'{root_name}/{tenant}')}")
-            _enable(h, f"{h.unified}/{relative(f'{root_name}/{tenant}')}")
+            group = f"{h.unified}/{relative(f'{root_name}/{tenant}')}"
+            _make(group)
+            _enable(h, group)
+            hold(group, "cgroup.max.descendants", TENANT_GROUPS)
     except OSError as error:
-        raise from_os(f"cgroup {root_name}/{tenant}", error, _hint(error)) from error
+        raise _failed(f"cgroup {root_name}/{tenant}", error) from error
+
+
+def root_group(h: Hierarchies, root_name: str) -> None:
+    """Make `ROOT`, and hold all jails together to the bounds of runtime/cgroup_bounds.py. Raises OSError.
+
+    With systemd it is the scope, which is there.
+    """
+    if h.unified:
+        top = f"{h.unified}/{relative(root_name)}"
+        if not SYSTEMD:
+            _enable(h, h.unified)
+            _make(top)
+        _enable(h, top)
+        hold(top, "cgroup.max.descendants", ALL_GROUPS)
+    if "pids" in h.v1:
+        os.makedirs(f"{h.v1['pids']}/{relative(root_name)}", 0o755, exist_ok=True)
+    hold_processes(h, root_name)
 
 
 def identity(h: Hierarchies, cgroup: str) -> int:
@@ -94,19 +122,21 @@ def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int, cpus: str | No
             remove(h, cgroup, timeout=0)
         for mount in h.mounts:
             _make(f"{mount}/{path}")
+        for mount in h.others.values():
+            _try_make(f"{mount}/{path}")
         if h.unified:
             _make(f"{h.unified}/{path}")
             _enable(h, f"{h.unified}/{path}")
             payload = f"{h.unified}/{path}/{PAYLOAD}"
             _make(payload)
-            write(f"{payload}/cgroup.max.descendants", str(MAX_DESCENDANTS))
+            write(f"{payload}/cgroup.max.descendants", str(JAIL_GROUPS))
             write(f"{payload}/cgroup.max.depth", str(MAX_DEPTH))
             os.chown(payload, base_uid, base_uid)
             for name in DELEGATED:
                 os.chown(f"{payload}/{name}", base_uid, base_uid)
-        make_cpuset(h, cgroup, cpus)
+        _make_cpuset(h, cgroup, cpus)
     except OSError as error:
-        raise from_os(f"cgroup {cgroup}", error, _hint(error)) from error
+        raise _failed(f"cgroup {cgroup}", error) from error
     return directories(h, cgroup)
 
 
@@ -117,14 +147,20 @@ def directories(h: Hierarchies, cgroup: str) -> dict[str, str]:
         found[controller] = f"{h.unified}/{relative(cgroup)}"
     if h.unified:
         found["unified"] = f"{h.unified}/{relative(cgroup)}/{PAYLOAD}"
-    if h.cpuset and os.path.isdir(f"{h.cpuset}/{relative(cgroup)}"):
-        found["cpuset"] = f"{h.cpuset}/{relative(cgroup)}"
+    for name, mount in (("cpuset", h.cpuset), *h.others.items()):
+        if mount and os.path.isdir(f"{mount}/{relative(cgroup)}"):
+            found[name] = f"{mount}/{relative(cgroup)}"
     return found
 
 
 def _all(h: Hierarchies) -> list[str]:
     """Where groups of ours may be."""
-    return [mount for mount in (*h.mounts, h.cpuset, h.unified) if mount]
+    return [mount for mount in (*h.mounts, *_for_names(h), h.unified) if mount]
+
+
+def _for_names(h: Hierarchies) -> list[str]:
+    """Hierarchies in which a jail may have no group: it could not be made, or an older release started the jail."""
+    return [mount for mount in (h.cpuset, *h.others.values()) if mount]
 
 
 def _make(path: str) -> None:
@@ -132,6 +168,23 @@ def _make(path: str) -> None:
         os.mkdir(path, 0o755)
     except FileExistsError:
         if not os.path.isdir(path):
+            raise
+
+
+def _make_cpuset(h: Hierarchies, cgroup: str, cpus: str | None) -> None:
+    try:
+        make_cpuset(h, cgroup, cpus)
+    except OSError as error:
+        if cpus is not None or error.errno not in _NOT_WRITABLE:
+            raise
+
+
+def _try_make(path: str) -> None:
+    """Make a group, and those above it, in a hierarchy that limits nothing; a host may have it read-only."""
+    try:
+        os.makedirs(path, 0o755, exist_ok=True)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
             raise
 
 
@@ -145,12 +198,17 @@ def _enable(h: Hierarchies, path: str) -> None:
         write(f"{path}/cgroup.subtree_control", wanted)
 
 
-def _hint(error: OSError) -> str:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "jailmgr needs root and a writable cgroup file system."
+def _failed(what: str, error: OSError) -> JailmgrError:
+    """The error of a group that could not be made or set up."""
+    hint = ""
+    if error.errno == errno.EAGAIN:
+        why = f"there are {TENANT_GROUPS} groups of the tenant, or {ALL_GROUPS} of all jails, and no more may be made"
+        return JailmgrError(what, why, "Stop a jail whose guest has made many.", "full")
+    if error.errno in _NOT_WRITABLE:
+        hint = "jailmgr needs root and a writable cgroup file system."
     if error.errno == errno.EBUSY:
-        return "The cgroup above has processes of its own; inside a container, move them to a group below it first."
-    return ""
+        hint = "The cgroup above has processes of its own; inside a container, move them to a group below it first."
+    return from_os(what, error, hint)
 
 
 def leaf_fd(h: Hierarchies, cgroup: str, leaf: str = PAYLOAD) -> int | None:
@@ -181,11 +239,11 @@ def open_tasks(h: Hierarchies, cgroup: str) -> list[int]:
     opened: list[int] = []
     try:
         opened.extend(os.open(f"{mount}/{relative(cgroup)}/tasks", os.O_WRONLY | os.O_CLOEXEC) for mount in h.mounts)
-        if h.cpuset:
+        for mount in _for_names(h):
             try:
-                opened.append(os.open(f"{h.cpuset}/{relative(cgroup)}/tasks", os.O_WRONLY | os.O_CLOEXEC))
+                opened.append(os.open(f"{mount}/{relative(cgroup)}/tasks", os.O_WRONLY | os.O_CLOEXEC))
             except FileNotFoundError:
-                pass  # one with no CPUs of its own
+                continue
     except OSError as error:
         for fd in opened:
             os.close(fd)
@@ -208,8 +266,9 @@ def join(h: Hierarchies, cgroup: str, pid: int, leaf: str = PAYLOAD) -> None:
     try:
         for mount in h.mounts:
             write(f"{mount}/{relative(cgroup)}/cgroup.procs", str(pid))
-        if h.cpuset and os.path.isdir(f"{h.cpuset}/{relative(cgroup)}"):
-            write(f"{h.cpuset}/{relative(cgroup)}/cgroup.procs", str(pid))
+        for mount in _for_names(h):
+            if os.path.isdir(f"{mount}/{relative(cgroup)}"):
+                write(f"{mount}/{relative(cgroup)}/cgroup.procs", str(pid))
         if h.unified:
             _join_leaf(f"{h.unified}/{relative(cgroup)}", pid, leaf)
     except OSError as error:
@@ -239,6 +298,9 @@ def remove(h: Hierarchies, cgroup: str, timeout: float = 5.0) -> None:
             wait_event(f"{h.unified}/{path}", "populated", 0, deadline)
         else:
             wait_members(h, cgroup, deadline)
+        if members(h, cgroup):
+            # Before the first rmdir(2): the empty groups that a guest has made are part of a jail that runs.
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
         for mount in _all(h):
             _remove_tree(f"{mount}/{path}")
     except OSError as error:
@@ -303,9 +365,11 @@ def _names(path: str) -> list[str]:
 def remove_root(h: Hierarchies, root_name: str, timeout: float = 5.0) -> None:
     """Remove all of our groups, as `remove` does. Raises JailmgrError where any has processes.
 
-    systemd's scope is systemd's: it goes with its last process, but for v1's cpuset, of which systemd knows nothing.
+    systemd's scope is systemd's: it goes with its last process, but for the hierarchies of which systemd knows nothing.
     """
     if not SYSTEMD:
         remove(h, root_name, timeout)
-    elif h.cpuset:
-        remove(Hierarchies("", (), {}, (), h.cpuset), root_name, timeout)
+        return
+    known = {mount for name, mount in (*h.v1.items(), *h.others.items()) if _OF_SYSTEMD.intersection(name.split(","))}
+    for mount in {*h.mounts, *_for_names(h)} - known:
+        remove(Hierarchies("", (), {}, (), mount), root_name, timeout)

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import protocol
+from jailmgr.runtime.process import pid_of
 from jailmgr.runtime.pty import check_master
+from jailmgr.runtime.reaper import Exit
 
 if TYPE_CHECKING:
     from jailmgr.runtime.session import Session
+
+
+HELD_SECONDS = 5.0
+"""For a tracer in the jail to let go of a program that has ended."""
 
 
 def told(error: JailmgrError) -> dict[str, Any]:
@@ -26,11 +32,13 @@ class Child:
     def __init__(self, session: Session, enterer: int, control: socket.socket) -> None:
         self._session = session
         self._control: socket.socket | None = control
-        self._enterer = os.pidfd_open(enterer)
-        self.pidfd = -1
+        self._enterer, self._enterer_pid = os.pidfd_open(enterer), enterer
+        self.pidfd, self._pid = -1, 0
         self.signalled = False
         self._failed: dict[str, Any] | None = None
-        self._loop = session.supervisor.loop
+        self._early: Exit | None = None
+        """How the program ended, where that was before its pid was known here."""
+        self._loop, self._reaper = session.supervisor.loop, session.supervisor.host.reaper
         self._loop.watch(self._enterer, lambda _: self._entered())
         self._loop.watch(control.fileno(), self._control_ready)
 
@@ -38,8 +46,9 @@ class Child:
     def of_program(cls, session: Session, pidfd: int, signalled: bool) -> Child:
         """A program that runs, begun by the release before (runtime/reexec.py)."""
         child = cls.__new__(cls)
-        child._session, child._loop, child._control, child._enterer = session, session.supervisor.loop, None, -1
-        child.pidfd, child.signalled, child._failed = pidfd, signalled, None
+        child._session, child._control, child._enterer, child._early = session, None, -1, None
+        child._loop, child._reaper = session.supervisor.loop, session.supervisor.host.reaper
+        child.pidfd, child._pid, child.signalled, child._failed = pidfd, pid_of(pidfd), signalled, None
         child._loop.watch(pidfd, lambda _: child._ended())
         return child
 
@@ -61,18 +70,16 @@ class Child:
     def _entered(self) -> None:
         """The enterer has ended: what it said is there to read."""
         self._loop.forget(self._enterer)
-        info = os.waitid(os.P_PIDFD, self._enterer, os.WEXITED)
+        how = self._reaper.collect(self._enterer_pid)
         os.close(self._enterer)
         self._enterer = -1
         while self._control is not None and self._heard():
             pass
         if self.pidfd >= 0:
             return
-        self._session.supervisor.strays.look()
-        if self.signalled and self._failed is None and info is not None and info.si_code != os.CLD_EXITED:
-            self._session.finish({"exit": {"signal": info.si_status}})
-        else:
-            self._session.finish(self._failed or told(JailmgrError("exec", "the jail ended")))
+        if self._early is None and self.signalled and how is not None and how.code != os.CLD_EXITED:
+            self._early = how
+        self._finish(self._early)
 
     def _control_ready(self, _: int) -> None:
         self._heard()
@@ -102,14 +109,16 @@ class Child:
         return True
 
     def _take_program(self, pid: int) -> None:
-        """A child of ours, or it is not what it says and no signal goes there: ChildProcessError (waitid(2))."""
-        pidfd = os.pidfd_open(pid)
+        """Watch the program. A process that is no child of ours is not what it says, and no signal goes there."""
         try:
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._early = self._reaper.collect(pid)
+            return
+        if not self._reaper.has(pid):
             os.close(pidfd)
-            raise
-        self.pidfd = pidfd
+            raise ChildProcessError(f"process {pid} is no child of the supervisor")
+        self.pidfd, self._pid = pidfd, pid
         self._loop.watch(pidfd, lambda _: self._ended())
 
     def _offer_terminal(self, fds: list[int]) -> None:
@@ -125,11 +134,21 @@ class Child:
         while self._heard():
             pass
         self._loop.forget(self.pidfd)
-        info = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        self._reaper.report(self._pid, self._reaped, HELD_SECONDS)
+
+    def _reaped(self, how: Exit | None) -> None:
         os.close(self.pidfd)
         self.pidfd = -1
+        if how is None:
+            why = "its exit status is not known: a process in the jail traced it"
+            self._failed = self._failed or told(JailmgrError("exec", why))
+        self._finish(how)
+
+    def _finish(self, how: Exit | None) -> None:
+        """The last word: an error, else how the program ended; None where it was never begun."""
         if self._failed is not None:
             self._session.finish(self._failed)
-        elif info is not None:
-            kind = "code" if info.si_code == os.CLD_EXITED else "signal"
-            self._session.finish({"exit": {kind: info.si_status}})
+        elif how is None:
+            self._session.finish(told(JailmgrError("exec", "the jail ended")))
+        else:
+            self._session.finish({"exit": {"code" if how.code == os.CLD_EXITED else "signal": how.status}})

@@ -22,6 +22,7 @@ import struct
 import sys
 
 from jailmgr.runtime import door_relay
+from jailmgr.runtime.standard_fds import open_closed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Child:
 
 def main() -> NoReturn:
     """Serve until the engine hangs up."""
+    open_closed()
     control = _socket.socket(fileno=0)
     listeners = _given(control)
     if listeners:

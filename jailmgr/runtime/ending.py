@@ -7,18 +7,6 @@ import signal
 from time import time
 from typing import Any
 
-from jailmgr.runtime.syscalls import pidfd_exit_status
-
-
-def wait_status(pidfd: int, ours: bool) -> int | None:
-    """Of an init that has ended (wait(2)), our child or an adopted one; None where an adopted one's can't be known."""
-    if not ours:
-        return pidfd_exit_status(pidfd)
-    info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    if info is None:
-        return None
-    return info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status
-
 
 def ending(status: int | None, *, stopping: str, ours: bool, killed: bool, out_of_memory: bool) -> dict[str, Any]:
     """What a wait status means for process 1 of a pid namespace (reboot(2), "Behavior inside PID namespaces").
@@ -43,5 +31,6 @@ def ending(status: int | None, *, stopping: str, ours: bool, killed: bool, out_o
     if number == signal.SIGINT:
         return ended | {"kind": "poweroff"}
     if number == signal.SIGHUP:
-        return ended | {"kind": "reboot"}
+        # sysvinit and OpenRC reboot on SIGINT, which is then the stop signal: a stop was asked for, and is what it is.
+        return ended | {"kind": "poweroff" if stopping else "reboot"}
     return ended | {"kind": "signal", "status": number}

@@ -114,6 +114,7 @@ def _enterer(
     work: Callable[[socket.socket, int], None],
 ) -> None:
     kernel.close_all_but(sock.fileno(), init_pidfd, *keep)
+    process.hide_arguments()
     proc = apparmor.open_proc(bundle.apparmor)
     cgroups.join_self(cgroups.open_tasks(hierarchies, bundle.cgroup))
     process.shut_imports()

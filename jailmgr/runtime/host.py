@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, full_name
 from jailmgr.runtime import netlink
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.loop import Loop
+from jailmgr.runtime.reaper import Reaper
 from jailmgr.runtime.state import host_boot_id
 
 TYPE_CHECKING = False
@@ -28,8 +30,13 @@ class Host:
         self.hierarchies = hierarchies
         self.changed = changed
         self.boot_id = host_boot_id()
+        self.reaper = Reaper(loop)
         self._filters: dict[str, bytes] = {}
         self._links: set[int] = set()
+
+    def full_name(self, jail: str) -> str:
+        """With the tenant, which the runtime directory is named after."""
+        return full_name(os.path.basename(self.run), jail)
 
     def detach_later(self, index: int) -> None:
         """Remove a link that is to go by itself, if it hasn't by then."""

@@ -6,21 +6,24 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, netlink, process, protocol, runs, spawn
-from jailmgr.runtime.bundle import Bundle, load_bundle
+from jailmgr.runtime import syscalls as kernel
+from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
-from jailmgr.runtime.ending import ending, wait_status
+from jailmgr.runtime.ending import ending
 from jailmgr.runtime.host import Host
 from jailmgr.runtime.jsonfile import write_json
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.proc import start_time
+from jailmgr.runtime.reaper import Exit
 from jailmgr.runtime.state import (
     LAST,
     State,
@@ -32,7 +35,13 @@ from jailmgr.runtime.state import (
     write_wait,
 )
 
+STUCK = "stuck"
+"""Kind of the answer to a stop that could not be carried out."""
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+KILL_SECONDS = 10.0
+"""From SIGKILL to an answer for those who wait, though the jail has not ended."""
+THAW_SECONDS, CLEAR_SECONDS = 1.0, 2.0
+"""For what usually takes no time, and while which the tenant's other jails wait."""
 REAP_SECONDS = 2.0
 STEADY_SECONDS = 60.0
 """A jail that ran that long begins its back-off anew."""
@@ -48,7 +57,7 @@ class Jail:
         self.host = host
         self.name = name
         self.lib = lib
-        self.bundle: Bundle = load_bundle(lib)
+        self.bundle: Bundle = self._load()
         self.log = Log(lib)
         self.state: State | None = None
         self.pidfd = -1
@@ -64,6 +73,8 @@ class Jail:
         self.once = False
         """Runs for a client, with its pipes (state.State): a reboot ends it, and nobody starts it again."""
         self.killed = False
+        self.timed_out = False
+        """Killed since init has not ended in the time that a stop gave it."""
         self._reaped = False
         self._reap_timer: Timer | None = None
         self.kill_timer: Timer | None = None
@@ -81,6 +92,21 @@ class Jail:
         """Running, or on its way there again."""
         return self.running or self.start_timer is not None
 
+    def _load(self) -> Bundle:
+        """The bundle on disk, once it is known to be this jail's: a directory may have come from another by a rename.
+
+        JailmgrError `missing`, `conflict`.
+        """
+        bundle = load_bundle(self.lib)
+        tenant = os.path.basename(self.host.run)
+        mine = (bundle.tenant, bundle.jail, bundle.lib) == (tenant, self.name, self.lib)
+        path = f"/{tenant}/{self.name}"
+        if not mine or not bundle.cgroup.endswith(path) or (bundle.lower and not bundle.volume.endswith(path)):
+            why = f"the {CONFIG} in {self.lib} is that of {bundle.tenant}/{bundle.jail}, on {bundle.volume}"
+            hint = "Nothing was changed. An engine that starts writes it again: jailmgr engine stop; jailmgr list."
+            raise JailmgrError(f"jail {self.full_name}", why, hint, "conflict")
+        return bundle
+
     def start(self, restarts: int = 0, stdio: spawn.Stdio | None = None, bundle: Bundle | None = None) -> None:
         """From the bundle on disk to init exec'd; `bundle` is that, where it has just been read.
 
@@ -89,7 +115,7 @@ class Jail:
         """
         waits = self.start_timer is not None
         try:
-            self._begin(bundle or load_bundle(self.lib), restarts, stdio, None)
+            self._begin(bundle or self._load(), restarts, stdio, None)
         except BaseException:
             if waits and os.path.isdir(self.lib):
                 self.start_later(self.restarts)
@@ -101,7 +127,7 @@ class Jail:
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
-        bundle = load_bundle(self.lib)._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
+        bundle = self.bundle._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
         self._begin(bundle, 0, None, payload)
 
     def visit_result(self) -> dict[str, Any]:
@@ -122,8 +148,15 @@ class Jail:
         self.once = stdio is not None or payload is not None
         bpf = self.host.filter(bundle.seccomp)
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
+        self.timed_out = False
         try:
             make_groups(hierarchies, bundle)
+        except BaseException:
+            # Processes that are in the group are not this start's: what is empty goes, and nothing is killed.
+            with suppress(JailmgrError):
+                cgroups.remove(hierarchies, bundle.cgroup, timeout=0)
+            raise
+        try:
             spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload, partial(self._prepare, restarts))
             try:
                 if payload is None:
@@ -217,7 +250,7 @@ class Jail:
         if force or timeout <= 0:
             self._kill()
             return
-        cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)
+        cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
         try:
             signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
@@ -229,17 +262,39 @@ class Jail:
         self.kill_timer = None
         if self.running:
             self.killed = True
+            self.host.loop.after(KILL_SECONDS, partial(self._outlives_kill, self.state))
             try:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 return
             if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
-                cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)  # v1's freezer holds even who is killed
+                # v1's freezer holds even what is killed.
+                cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
+
+    def _outlives_kill(self, state: State | None) -> None:
+        """Answer those who wait for its end: it may wait in the kernel for ever. It is watched on."""
+        if self.state is None or self.state != state or self._visit is not None:
+            return
+        pids = cgroups.members(self.host.hierarchies, state.cgroup)
+        self.log.note(f"has not ended {KILL_SECONDS:.0f} s after SIGKILL; its processes: {pids[:10]}")
+        waiting, self.waiters = self.waiters, []
+        for waiter in waiting:
+            waiter({"kind": STUCK, "at": time(), "by": "kernel", "status": 0, "pids": pids[:10]})
 
     def _ended(self) -> None:
         if self.state is None:
             return
-        status = wait_status(self.pidfd, self.ours)
+        if self.ours:
+            self.host.loop.forget(self.pidfd)
+            self.host.reaper.report(self.state.pid, self._reaped_as)
+        else:
+            self._has_ended(self.state, kernel.pidfd_exit_status(self.pidfd))
+
+    def _reaped_as(self, how: Exit | None) -> None:
+        if self.state is not None:
+            self._has_ended(self.state, kernel.pidfd_exit_status(self.pidfd) if how is None else how.wait_status)
+
+    def _has_ended(self, state: State, status: int | None) -> None:
         if status is None and not (self._reaped or self.killed):
             # An adopted init has ended, and its parent of now has not asked yet: its exit code comes with EPOLLHUP.
             self._reaped = True
@@ -249,10 +304,10 @@ class Jail:
         if self._reap_timer is not None:
             self._reap_timer.cancel()
             self._reap_timer = None
-        state = self.state
         killed = status == signal.SIGKILL
         out_of_memory = killed and cgroups.oom_kills(self.host.hierarchies, state.cgroup) > state.oom_kills
         told = ending(status, stopping=self.stopping, ours=self.ours, killed=self.killed, out_of_memory=out_of_memory)
+        told["timed_out"] = self.timed_out and killed
         self.host.loop.forget(self.pidfd)
         os.close(self.pidfd)
         if self.kill_timer is not None:
@@ -304,9 +359,17 @@ class Jail:
             self.start_timer.cancel()
             self.start_timer = None
 
+    @property
+    def full_name(self) -> str:
+        return self.host.full_name(self.name)
+
     def kill_after(self, seconds: float) -> None:
         """Kill it then, unless it has ended."""
-        self.kill_timer = self.host.loop.after(seconds, self._kill)
+        self.kill_timer = self.host.loop.after(seconds, self._kill_late)
+
+    def _kill_late(self) -> None:
+        self.timed_out = self.running
+        self._kill()
 
     def _start_again(self) -> None:
         try:
@@ -386,8 +449,8 @@ class Jail:
         if self._netns >= 0:
             os.close(self._netns)
             self._netns = -1
-        cgroups.kill(self.host.hierarchies, self.bundle.cgroup)
-        cgroups.remove(self.host.hierarchies, self.bundle.cgroup)
+        cgroups.kill(self.host.hierarchies, self.bundle.cgroup, CLEAR_SECONDS)
+        cgroups.remove(self.host.hierarchies, self.bundle.cgroup, CLEAR_SECONDS)
         remove_state(self.host.run, self.name)
 
     def _detach(self, veth: str) -> None:

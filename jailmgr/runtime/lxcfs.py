@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import sys
 from functools import partial
@@ -94,20 +93,14 @@ def renew(jails: dict[str, tuple[int, Bundle]], hierarchies: Hierarchies, direct
     failed = []
     deadline = monotonic() + RENEW_SECONDS + len(jails) * JAIL_SECONDS
     for pidfd, (name, pid) in children.items():
-        if not _ended(pidfd, deadline):
-            # Who waits for a file system of the guest's waits as long as that likes: strays.py reaps it then.
+        if not process.has_ended(pidfd, deadline - monotonic()):
+            # A child that waits for a file system of the guest's waits as long as that likes: the reaper reaps it then.
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _ended(pidfd, monotonic() + 0.1)
-        if os.waitpid(pid, os.WNOHANG) != (pid, 0) and not _ended(jails[name][0], 0):
+            process.has_ended(pidfd, 0.1)
+        if os.waitpid(pid, os.WNOHANG) != (pid, 0) and not process.has_ended(jails[name][0], 0):
             failed.append(name)
         os.close(pidfd)
     return failed
-
-
-def _ended(pidfd: int, deadline: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(max(0.0, deadline - monotonic()) * 1000))
 
 
 def _note(told: dict[str, Any]) -> None:

@@ -18,18 +18,20 @@ from jailmgr.runtime.syscalls import CLONE_NEWNET, setns
 
 AF_NETLINK, SOCK_RAW, SOCK_CLOEXEC = 16, 3, 0o2000000
 NETLINK_ROUTE, SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 0, 270, 10, 11
-AF_INET, AF_INET6 = 2, 10
+AF_INET, AF_BRIDGE, AF_INET6 = 2, 7, 10
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 NLM_F_DUMP, NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x300, 0x100, 0x200
 NLMSG_ERROR, NLMSG_DONE, NLMSGERR_ATTR_MSG = 2, 3, 1
 NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
+RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH = 20, 22, 24, 26, 28
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_STATS64 = 1, 3, 4, 10, 18, 23
 IFLA_AF_SPEC, IFLA_NET_NS_FD, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 26, 28, 31, 32
-IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, VETH_INFO_PEER = 1, 2, 4, 5, 1
+IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD = 8, 9
+NDA_LLADDR, NUD_NOARP, NTF_MASTER, NTF_STICKY = 2, 0x40, 0x04, 0x40
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_F_NODAD, IFA_F_PERMANENT = 1, 2, 4, 0x02, 0x80
 RTA_DST, RTA_OIF, RTA_GATEWAY, RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNICAST = 1, 4, 5, 254, 3, 1
@@ -37,7 +39,7 @@ RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTFILTER = 36, 37, 44
 TCA_KIND, TCA_OPTIONS, TCA_BPF_OPS_LEN, TCA_BPF_OPS, TCA_BPF_FLAGS, BPF_ACT_DIRECT = 1, 2, 4, 5, 8, 1
 CLSACT, CLSACT_HANDLE, CLSACT_INGRESS = 0xFFFFFFF1, 0xFFFF0000, 0xFFFFFFF2
 ETH_P_IP, TC_ACT_SHOT, TC_ACT_UNSPEC = 0x0800, 2, 0xFFFFFFFF
-SCOPE_UNIVERSE, SCOPE_LINK, IFF_UP, LOOPBACK_INDEX = 0, 253, 1, 1
+SCOPE_UNIVERSE, SCOPE_LINK, IFF_UP, IFF_NOARP, LOOPBACK_INDEX = 0, 253, 1, 0x80, 1
 
 NOT_TO_LOOPBACK = [
     (0x28, 0, 0, 12),  # ldh [12]: the frame's type
@@ -62,7 +64,7 @@ def attach(nic: dict[str, Any], netns_fd: int) -> None:
         with RouteSocket() as here:
             try:
                 _create(here, nic, netns_fd)
-                _raise_port(here, veth)
+                _raise_port(here, veth, str(nic["mac"]))
                 with netns_socket(netns_fd) as there:
                     _configure(there, nic)
             except OSError:
@@ -284,13 +286,52 @@ def _create(here: RouteSocket, nic: dict[str, Any], netns_fd: int) -> None:
         here.ask(create)
 
 
-def _raise_port(here: RouteSocket, veth: str) -> None:
-    """The host's end up and without IPv6 of its own: the address mode first, since going up makes an address."""
+def _raise_port(here: RouteSocket, veth: str, mac: str) -> None:
+    """Set the host's end up, without IPv6 of its own: the address mode first, since going up makes an address."""
+    index = _socket.if_nametoindex(veth)
     mode = attribute(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))
     spec = attribute(IFLA_AF_SPEC | NLA_F_NESTED, attribute(AF_INET6 | NLA_F_NESTED, mode))
-    here.ask(message(RTM_SETLINK, 0, ifinfomsg() + _name(veth) + spec))
-    guard_loopback(here, _socket.if_nametoindex(veth))
-    here.ask(message(RTM_SETLINK, 0, ifinfomsg(up=True) + _name(veth)))
+    here.ask(_port_options(index, spec), _own_address(index, mac))
+    guard_loopback(here, index)
+    here.ask(message(RTM_SETLINK, 0, ifinfomsg(index, IFF_UP)))
+
+
+def hold_port(veth: str, mac: str) -> None:
+    """Give a port that is up the options and the entry that `attach` gives a new one. Idempotent.
+
+    An older release's supervisor attached it. Fine where there is no such veth. Raises JailmgrError.
+    """
+    index = index_of(veth)
+    if not index:
+        return
+    try:
+        with RouteSocket() as here:
+            here.ask(_own_address(index, mac), _port_options(index))
+    except OSError as error:
+        # The veth has gone with its jail, or its bridge has been deleted.
+        if error.errno not in {errno.ENODEV, errno.EOPNOTSUPP}:
+            raise JailmgrError(f"interface {veth}", error.strerror or str(error)) from error
+
+
+def _port_options(index: int, more: bytes = b"") -> bytes:
+    """RTM_NEWLINK for a bridge port that learns no address, sends no frame for an unknown one, and answers no ARP.
+
+    Frames to 01:80:c2:00:00:0X meet no rule (br_handle_frame of net/bridge). The bridge learns from them, so a jail
+    could take its neighbour's address or fill the host's memory with made-up ones. They also go up to the host by the
+    port itself: ARP would make the host know neighbours. network/rules.py drops IP packets that come this way.
+    """
+    options = attribute(IFLA_BRPORT_LEARNING, b"\0") + attribute(IFLA_BRPORT_UNICAST_FLOOD, b"\0")
+    kind = attribute(IFLA_INFO_SLAVE_KIND, b"bridge") + attribute(IFLA_INFO_SLAVE_DATA | NLA_F_NESTED, options)
+    body = ifinfomsg(index, IFF_NOARP) + attribute(IFLA_LINKINFO | NLA_F_NESTED, kind) + more
+    return message(RTM_NEWLINK, 0, body)
+
+
+def _own_address(index: int, mac: str) -> bytes:
+    """RTM_NEWNEIGH of the one address behind a bridge port: static and sticky, so no other port can take it over."""
+    # struct ndmsg. NUD_PERMANENT would make it an address of the bridge itself.
+    header = struct.pack("=BxxxiHBB", AF_BRIDGE, index, NUD_NOARP, NTF_MASTER | NTF_STICKY, 0)
+    address = attribute(NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
+    return message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, header + address)
 
 
 def guard_loopback(here: RouteSocket, index: int) -> bool:
@@ -329,9 +370,9 @@ def _configure(there: RouteSocket, nic: dict[str, Any]) -> None:
     (index,) = struct.unpack_from("=i", reply, 4)
     addresses = [*map(str, nic["addresses"]), f"{link_local(str(nic['mac']))}/64"]
     there.ask(
-        message(RTM_NEWLINK, 0, ifinfomsg(LOOPBACK_INDEX, up=True)),
+        message(RTM_NEWLINK, 0, ifinfomsg(LOOPBACK_INDEX, IFF_UP)),
         *(_address(index, address) for address in addresses),
-        message(RTM_NEWLINK, 0, ifinfomsg(index, up=True)),
+        message(RTM_NEWLINK, 0, ifinfomsg(index, IFF_UP)),
         *(_route(index, str(gateway)) for gateway in nic["gateways"]),
     )
 
@@ -373,9 +414,8 @@ def message(kind: int, flags: int, body: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body
 
 
-def ifinfomsg(index: int = 0, up: bool = False) -> bytes:
-    """struct ifinfomsg; with `up`, the interface is to go up."""
-    flags = IFF_UP if up else 0
+def ifinfomsg(index: int = 0, flags: int = 0) -> bytes:
+    """struct ifinfomsg; `flags` (IFF_…) are set, and no others changed."""
     return struct.pack("=BxHiII", 0, 0, index, flags, flags)
 
 

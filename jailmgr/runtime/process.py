@@ -10,6 +10,7 @@ import errno
 import gc
 import os
 import resource
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -45,6 +46,27 @@ def trap(what: str, tell: Callable[[dict[str, Any]], None], work: Callable[[], o
         tell({"error": JailmgrError(what, repr(error)).as_dict()})
     finally:
         os._exit(status)
+
+
+_ARGUMENTS = kernel.find_arguments()
+
+
+def hide_arguments() -> None:
+    """Show a guest nothing of the supervisor's command line, which has paths of the host and the tenant's name."""
+    kernel.hide_arguments(_ARGUMENTS, b"jailmgr")
+
+
+def has_ended(pidfd: int, seconds: float) -> bool:
+    """Whether a process has ended, or does within so many seconds (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))
+
+
+def pid_of(pidfd: int) -> int:
+    """Pid of a pidfd's process in our pid namespace, -1 once it has been reaped (proc_pid_fdinfo(5))."""
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        return next((int(line[4:]) for line in file if line.startswith(b"Pid:")), -1)
 
 
 def shut_imports() -> None:

@@ -13,6 +13,7 @@ import struct
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import compact_json
+from jailmgr.runtime.plainfile import read_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -124,6 +125,17 @@ def listen(directory: str, name: str) -> socket.socket:
         os.umask(old)
         os.close(at)
     return sock
+
+
+def listener_lives(sock: _socket.socket) -> bool:
+    """Whether the process that began to listen at the other end is alive: its socket may outlive it in a child."""
+    pid, _, _ = struct.unpack("iII", sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))
+    if pid == 0:
+        return True  # it is of another pid namespace
+    try:
+        return read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def peer_uid(sock: _socket.socket) -> int:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import stat
 import termios
 
-from jailmgr.errors import JailmgrError, from_dict
-from jailmgr.runtime import protocol
+from jailmgr.errors import JailmgrError, from_dict, full_name
+from jailmgr.runtime import protocol, pump
 from jailmgr.runtime.attach import Supervisor, connect_running
 
 TYPE_CHECKING = False
@@ -30,7 +29,6 @@ else:
 
 CANNOT, NOT_FOUND = 126, 127
 _FORWARDED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT, _signal.SIGUSR1, _signal.SIGUSR2)
-_NULL = os.makedev(1, 3)
 _ENOENT = 2
 _DRAIN = 64
 """Reads of what a terminal still holds when the command has ended; one gives 4 KiB at most."""
@@ -71,16 +69,9 @@ def exec_(
     with connect_running(root, tenant, jail) as supervisor:
         try:
             relay = _Relay(supervisor, undo)
-            if tty:
-                supervisor.tell("exec", [], **request)
-            elif supervisor.admitted:
-                supervisor.tell("exec", [], **request)
-                relay.forward_signals()
-                return relay.pump()
-            else:
-                passed = [relay.passable(fd) for fd in (0, 1, 2)]
-                supervisor.tell("exec", passed, **request)
-                relay.close_passed()
+            if not tty:
+                return relay.pump(request)
+            supervisor.tell("exec", [], **request)
             relay.forward_signals()
             return relay.run()
         finally:
@@ -93,37 +84,15 @@ def _take_back(undo: Undo) -> None:
 
 
 class _Relay:
-    """Copies between our fds and the jail's until the supervisor says that the command has ended."""
+    """Copies between our fds and the jail's until the supervisor reports that the command has ended."""
 
     def __init__(self, supervisor: Supervisor, undo: Undo) -> None:
         self._supervisor = supervisor
         self._undo = undo
         self._routes: dict[int, int] = {}
-        self._passed: list[int] = []
         self._master = -1
         self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         undo.append(lambda: protocol.close_all([self._woken, self._wake]))
-
-    def passable(self, fd: int) -> int:
-        """`fd` itself where it may go into a jail, else one end of a pipe whose other end is relayed."""
-        try:
-            status = os.fstat(fd)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            self._passed.append(null)
-            return null
-        mode = status.st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and status.st_rdev == _NULL):
-            return fd
-        ear, mouth = os.pipe()
-        theirs, ours = (ear, mouth) if fd == 0 else (mouth, ear)
-        self._passed.append(theirs)
-        self._routes[0 if fd == 0 else ours] = ours if fd == 0 else fd
-        return theirs
-
-    def close_passed(self) -> None:
-        protocol.close_all(self._passed)
-        self._passed.clear()
 
     def forward_signals(self) -> None:
         """Signals to us go to the command; the wake-up fd takes them out of handlers (signal(3), set_wakeup_fd)."""
@@ -134,13 +103,12 @@ class _Relay:
             self._undo.append(lambda number=number, before=before: _signal.signal(number, before))  # type: ignore[misc]
 
     def run(self) -> int:
+        """With a terminal: its master comes from the jail."""
         control, done = self._supervisor.sock.fileno(), None
         poll = select.poll()
         poll.register(control, select.POLLIN)
         poll.register(self._woken, select.POLLIN)
-        for source in self._routes:
-            poll.register(source, select.POLLIN)
-        while done is None or any(source != 0 and source != self._master for source in self._routes):
+        while done is None:
             for fd, _ in poll.poll():
                 if fd == control:
                     said = self._supervisor.hear_any()
@@ -153,20 +121,25 @@ class _Relay:
                     self._signalled(os.read(self._woken, 64))
                 elif not _copy(fd, self._routes[fd]):
                     poll.unregister(fd)
-                    target = self._routes.pop(fd)
-                    if fd == 0 and target != self._master:
-                        os.close(target)
+                    del self._routes[fd]
         self._drain()
         return _exit_status(done)
 
-    def pump(self) -> int:
-        """As `run`, through pipes of the supervisor's."""
-        from jailmgr.runtime import pump
-
-        said = self._supervisor.hear_any()
-        if "pipes" not in said.body:
-            return _exit_status(said.body)
-        return _exit_status(pump.run(self._supervisor, said.fds, self._woken, self._signalled))
+    def pump(self, request: dict[str, Any]) -> int:
+        """Without one: through pipes."""
+        if self._supervisor.admitted:
+            self._supervisor.tell("exec", [], joined=pump.is_joined(), **request)
+            self.forward_signals()
+            answer = self._supervisor.hear_any()
+            if "pipes" not in answer.body:
+                return _exit_status(answer.body)
+            return _exit_status(pump.run(self._supervisor, pump.users(answer.fds), self._woken, self._signalled))
+        stdio = pump.Stdio(self._woken)
+        self._undo.append(stdio.close)
+        self._supervisor.tell("exec", stdio.fds, **request)
+        stdio.close_passed()
+        self.forward_signals()
+        return _exit_status(pump.run(self._supervisor, stdio.flows, self._woken, self._signalled))
 
     def _drain(self) -> None:
         """What a terminal still holds; no more than that, for someone inside may go on writing for ever."""
@@ -232,13 +205,16 @@ def raw_terminal(undo: Undo) -> None:
 
 
 def console(root: Root, tenant: str, jail: str, said: Callable[[str], None]) -> None:
-    """The jail's console on our terminal until ctrl-] three times, or until it ends. `said` gets words for the user."""
+    """The jail's console on our terminal until ctrl-] three times, or the end of the console or of stdin.
+
+    `said` gets words for the user.
+    """
     undo: Undo = []
     with connect_running(root, tenant, jail) as supervisor:
         (stream,) = supervisor.ask("console", jail=jail, typed=True).fds
         undo.append(lambda: os.close(stream))
         try:
-            said(f"Console of {jail}: ctrl-] three times leaves it.")
+            said(f"Console of jail {full_name(tenant, jail)}: ctrl-] three times leaves it.")
             if os.isatty(0):
                 size = fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8)
                 rows, columns = int.from_bytes(size[:2], "little"), int.from_bytes(size[2:4], "little")
@@ -273,6 +249,5 @@ def _join_console(stream: int, type_: Callable[[bytes], None]) -> None:
             if last == _DETACH:
                 return
             if not typed:
-                poll.unregister(0)
-            else:
-                type_(typed)
+                return
+            type_(typed)

@@ -12,6 +12,7 @@ import os
 import shutil
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.cgroup_bounds import tasks_max
 from jailmgr.runtime.cgroup_hierarchies import SLICE, SYSTEMD, discover, relative, write
 
 _LEAF = ".supervisors"
@@ -36,7 +37,9 @@ def begin(root_name: str, argv: list[str]) -> list[str]:
     if program is None:
         raise JailmgrError("supervisor", "this host runs systemd, but has no systemd-run", "", "unavailable")
     # Jails are stopped one by one before the scope is, where the host goes down (jailmgr-autostart.service).
+    # TasksMax: systemd's own default for a scope is 15 % of the host's, for all jails together.
     properties = ["Delegate=yes", "Description=Jails of jailmgr", "Before=jailmgr-autostart.service"]
+    properties.append(f"TasksMax={tasks_max()}")
     options = ["--scope", "--quiet", "--collect", f"--unit={root_name}.scope", f"--slice={SLICE}"]
     return [program, *options, *(f"--property={text}" for text in properties), "--", *argv]
 
@@ -51,16 +54,17 @@ def _run(argv: list[str]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(argv[0], argv, {"PATH": _PATH}), 0)[1])
 
 
-def begin_apart(description: str, argv: list[str]) -> list[str]:
+def begin_apart(description: str, argv: list[str], *properties: str) -> list[str]:
     """`argv`, to be run so that it begins in a scope of its own, outside of the session or service we are in.
 
-    The same where the host has no systemd, or no systemd-run.
+    `properties`: of the scope, as `CPUQuota=50%` (systemd.resource-control(5)). Returns `argv` where the host has no
+    systemd, or no systemd-run.
     """
     program = shutil.which("systemd-run", path=_PATH) if SYSTEMD else None
     if program is None:
         return argv
     options = ["--scope", "--quiet", "--collect", f"--slice={SLICE}", f"--description={description}"]
-    return [program, *options, "--", *argv]
+    return [program, *options, *(f"--property={text}" for text in properties), "--", *argv]
 
 
 def move_apart(unit: str, description: str, pid: int) -> None:

@@ -2,7 +2,8 @@
 
 It is a deny list, as LXC has one: a guest is a whole system, and its user namespace keeps it from most. Here is what
 reaches past the namespaces (the kernel's log, vsock), what the kernel refuses to anyone but the host's root (a second
-wall), and what is known best for its holes. Sources: seccomp(2), OCI's config-linux.md, libseccomp's manuals.
+wall), and what is known best for its holes. Only socket families are an allow list, because each socket of another one
+may load a module into the host's kernel. Sources: seccomp(2), OCI's config-linux.md, libseccomp's manuals.
 
 Programs get the errno they are ready for: EPERM where the kernel would say so to the unprivileged, ENOSYS for what
 newer kernels have no more, EAFNOSUPPORT for socket families. clone3, unshare and mount are let through: the flags of
@@ -16,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from jailmgr.errors import JailmgrError
@@ -40,9 +42,19 @@ _NOT_IMPLEMENTED = (
     "vm86", "vm86old",
 )  # fmt: skip
 
-_FAMILIES = (38, 40)
-"""AF_ALG: wrote to page cache it should not have (CVE-2026-31431), which jails of one image share. AF_VSOCK: knows no
-network namespace, so it reaches the hypervisor, the host and the jails of others."""
+_FAMILIES = (1, 2, 10, 16, 17)
+"""AF_UNIX, AF_INET, AF_INET6, AF_NETLINK and AF_PACKET (linux/socket.h); DHCP clients and servers need the last.
+
+A socket of any other family has the kernel load the family's module, where the host has one (net-pf-N in net/socket.c),
+for anybody. AF_ALG wrote to page cache that jails of one image share (CVE-2026-31431). AF_VSOCK has no network
+namespace, and reaches the hypervisor, the host and the jails of others."""
+_NETLINK = (0, 2, 4, 6, 9, 12, 15, 16)
+"""ROUTE, USERSOCK, SOCK_DIAG, XFRM, AUDIT, NETFILTER, KOBJECT_UEVENT and GENERIC (linux/netlink.h). The others have
+modules too (net-pf-16-proto-N), and no network namespace or no user in a jail: iSCSI, RDMA, the crypto API."""
+_AF_NETLINK = 16
+_FAMILY_BITS, _NETLINK_BITS = 8, 6
+"""Higher numbers the kernel refuses by itself, in the same words and before it looks for a module: it has 46 families
+(AF_MAX) and 32 netlink protocols (MAX_LINKS). A filter that tests all 32 bits has 490 instructions, this one 196."""
 
 _TTY_IOCTLS = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX, which type into a terminal (CVE-2017-5226, CVE-2023-28100); alike on the machines below."""
@@ -93,7 +105,14 @@ def default_section(machine: str = "", raw_volume: bool = False) -> dict[str, An
     calls: list[dict[str, Any]] = [
         _refuse(list(_NOT_PERMITTED), errno.EPERM),
         _refuse(list(_NOT_IMPLEMENTED), errno.ENOSYS),
-        *(_refuse(["socket"], errno.EAFNOSUPPORT, (0, _INT, family)) for family in _FAMILIES),
+        *(
+            _refuse(["socket", "socketpair"], errno.EAFNOSUPPORT, (0, *other))
+            for other in all_but(_FAMILIES, _FAMILY_BITS)
+        ),
+        *(
+            _refuse(["socket"], errno.EPROTONOSUPPORT, (0, _INT, _AF_NETLINK), (2, *other))
+            for other in all_but(_NETLINK, _NETLINK_BITS)
+        ),
         *(_refuse(["ioctl"], errno.EPERM, (1, _INT, number)) for number in _TTY_IOCTLS),
     ]
     if raw_volume:
@@ -116,27 +135,32 @@ def _refuse(names: list[str], number: int, *tests: tuple[int, int, int]) -> dict
     return rule
 
 
-def btrfs_patterns() -> list[tuple[int, int]]:
-    """Masks and values that, taken together, match every btrfs ioctl number but those of `_BTRFS_ALLOWED`.
+def all_but(allowed: Iterable[int], bits: int) -> list[tuple[int, int]]:
+    """Masks and values that, taken together, match every number of so many bits but the allowed ones.
 
     A filter that allows by default has no exceptions to a rule, so the numbers in between are cut into patterns: at
     each bit, those that no longer agree with an allowed number are done with.
     """
     found: list[tuple[int, int]] = []
-    left: dict[int, tuple[int, ...]] = {0: _BTRFS_ALLOWED}
+    left: dict[int, tuple[int, ...]] = {0: tuple(allowed)}
     mask = 0
-    for bit in (1 << place for place in range(7, -1, -1)):
+    for bit in (1 << place for place in range(bits - 1, -1, -1)):
         split: dict[int, tuple[int, ...]] = {}
         mask |= bit
-        for value, allowed in left.items():
+        for value, agreed in left.items():
             for side in (value, value | bit):
-                agreeing = tuple(number for number in allowed if number & bit == side & bit)
+                agreeing = tuple(number for number in agreed if number & bit == side & bit)
                 if agreeing:
                     split[side] = agreeing
                 else:
-                    found.append((0xFF00 | mask, _BTRFS_TYPE << 8 | side))
+                    found.append((mask, side))
         left = split
     return found
+
+
+def btrfs_patterns() -> list[tuple[int, int]]:
+    """`all_but` for the ioctl numbers of btrfs."""
+    return [(0xFF00 | mask, _BTRFS_TYPE << 8 | value) for mask, value in all_but(_BTRFS_ALLOWED, 8)]
 
 
 class _Test(ctypes.Structure):

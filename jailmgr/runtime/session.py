@@ -16,7 +16,7 @@ from jailmgr import __version__
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, archive, cgroups, enter, lxcfs, process, protocol, spawn
 from jailmgr.runtime.child import Child, told
-from jailmgr.runtime.jail import Jail
+from jailmgr.runtime.jail import KILL_SECONDS, STUCK, Jail
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.pty import fs_type
 
@@ -131,7 +131,10 @@ class Session:
         if name in _OF_USERS:
             if self.used:
                 raise JailmgrError(
-                    f"jail {self.admitted['jail']}", "this session has been used", "Try again.", "denied"
+                    f"jail {self.supervisor.host.full_name(self.admitted['jail'])}",
+                    "this session has been used",
+                    "Try again.",
+                    "denied",
                 )
             assert self._unused is not None
             self._unused.cancel()
@@ -170,7 +173,13 @@ class Session:
         def ended(ending: dict[str, Any]) -> None:
             if up in started.ready_waiters or started.state is None:
                 timer.cancel()
-                self.tell(told(JailmgrError(f"jail {name}", f"ended before it was up ({ending['kind']})")))
+                self.tell(
+                    told(
+                        JailmgrError(
+                            f"jail {supervisor.host.full_name(name)}", f"ended before it was up ({ending['kind']})"
+                        )
+                    )
+                )
 
         jail.ready_waiters.append(up)
         jail.waiters.append(ended)
@@ -184,12 +193,12 @@ class Session:
 
     def _not_up(self, jail: Jail) -> None:
         why = "its init has not told that the system is up; the jail runs on"
-        self.tell(told(JailmgrError(f"jail {jail.name}", why, f"See: jailmgr logs {jail.name}")))
+        self.tell(told(JailmgrError(f"jail {jail.full_name}", why, f"See: jailmgr logs {jail.full_name}")))
 
     def _stop(self, body: dict[str, Any], fds: list[int]) -> None:
         jail = self.supervisor.jails.get(body["jail"])
         if jail is None or not jail.alive:
-            raise JailmgrError(f"jail {body['jail']}", "is not running", "", "conflict")
+            raise JailmgrError(f"jail {self.supervisor.host.full_name(body['jail'])}", "is not running", "", "conflict")
         self.wait_for_end(jail)
         number = body.get("signal") or jail.bundle.stop_signal
         by = "host" if body.get("by") == "host" else "admin"
@@ -201,7 +210,12 @@ class Session:
         jail.waiters.append(self._tell_end)
 
     def _tell_end(self, ending: dict[str, Any]) -> None:
-        self.stops = ""
+        name, self.stops = self.stops, ""
+        if ending["kind"] == STUCK:
+            why = f"it has not ended {KILL_SECONDS:.0f} s after SIGKILL; left: {' '.join(map(str, ending['pids']))}"
+            hint = "Its processes wait in the kernel, for a disk or a file server perhaps. Try again later."
+            self.tell(told(JailmgrError(f"jail {self.supervisor.host.full_name(name)}", why, hint)))
+            return
         self.tell({"last": ending})
 
     def _admit(self, body: dict[str, Any], fds: list[int]) -> None:
@@ -210,7 +224,9 @@ class Session:
         (sock,) = fds
         if sum(session.admitted == admitted for session in self.supervisor.sessions) >= ADMITTED_MAX:
             why = f"{ADMITTED_MAX} sessions of users are open in it"
-            raise JailmgrError(f"jail {admitted['jail']}", why, "End some of them.", "unavailable")
+            raise JailmgrError(
+                f"jail {self.supervisor.host.full_name(admitted['jail'])}", why, "End some of them.", "unavailable"
+            )
         self.supervisor.add_session(socket.socket(fileno=os.dup(sock))).admit(admitted)
         self.tell({})
 
@@ -227,15 +243,13 @@ class Session:
         running = [jail for jail in self.supervisor.jails.values() if jail.running and not jail.once]
         jails = {jail.name: (jail.pidfd, jail.bundle) for jail in running}
         failed = lxcfs.renew(jails, self.supervisor.host.hierarchies, str(body["mounted"]))
-        if failed:
-            self.supervisor.strays.look()
         self.tell({"failed": failed})
 
     def _run(self, body: dict[str, Any], fds: list[int]) -> None:
         """A jail for one program, with the caller's pipes; it is killed when the caller goes."""
         name, supervisor = body["jail"], self.supervisor
         if name in supervisor.jails or len(fds) != 3:
-            raise JailmgrError(f"jail {name}", "is already running", "", "conflict")
+            raise JailmgrError(f"jail {supervisor.host.full_name(name)}", "is already running", "", "conflict")
         _check_stdio(fds)
         jail = Jail(supervisor.host, name, body["lib"])
         jail.start(stdio=spawn.Stdio(*fds))
@@ -248,9 +262,12 @@ class Session:
         _check_not_paused(jail, supervisor.host.hierarchies)
         base = {name: value for name, value in jail.bundle.env.items() if name not in _OF_INIT}
         command = enter.read_command(body, base)
-        far = [] if command.tty else self._make_pipes(fds, "r", "w", "w")
+        ends = ("r", "w") if body.get("joined") else ("r", "w", "w")
+        far = [] if command.tty else self._make_pipes(fds, *ends)
         try:
             if not command.tty:
+                if self.admitted is not None and len(ends) == 2:
+                    fds.append(os.dup(fds[1]))
                 _check_stdio(fds)
                 _give_pipes(fds, jail.bundle.idmap_base)
             bundle, bpf = jail.bundle, supervisor.host.filter(jail.bundle.seccomp)
@@ -379,37 +396,38 @@ _OF_USERS, _AFTERWARDS = ("exec", "archive", "console"), ("hello", "signal", "wi
 
 
 def _give_pipes(fds: list[int], base: int) -> None:
-    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail; a named FIFO stays."""
+    """Pipes become its root's, so that /dev/stdout and its like can be opened in the jail."""
     for fd in fds:
-        if stat.S_ISFIFO(os.fstat(fd).st_mode) and fs_type(fd) == _PIPEFS_MAGIC:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, base, base)
 
 
 def _busy(jail: Jail) -> JailmgrError:
     if jail.once:
         why = "something is being copied to or from it"
-        return JailmgrError(f"jail {jail.name}", why, "Try again when that is done.", "conflict")
+        return JailmgrError(f"jail {jail.full_name}", why, "Try again when that is done.", "conflict")
     if not jail.running:
         # It would be forgotten when that which now takes its place has ended.
-        why, hint = "is about to be started again", f"Stop it first: jailmgr stop {jail.name}"
-        return JailmgrError(f"jail {jail.name}", why, hint, "conflict")
-    return JailmgrError(f"jail {jail.name}", "is already running", "", "conflict")
+        why, hint = "is about to be started again", f"Stop it first: jailmgr stop {jail.full_name}"
+        return JailmgrError(f"jail {jail.full_name}", why, hint, "conflict")
+    return JailmgrError(f"jail {jail.full_name}", "is already running", "", "conflict")
 
 
 def _check_not_paused(jail: Jail, hierarchies: cgroups.Hierarchies) -> None:
     """Who enters a frozen group waits until it is thawed."""
     if cgroups.is_frozen(hierarchies, jail.bundle.cgroup):
-        raise JailmgrError(f"jail {jail.name}", "is paused", f"Resume it: jailmgr resume {jail.name}", "conflict")
+        raise JailmgrError(
+            f"jail {jail.full_name}", "is paused", f"Resume it: jailmgr resume {jail.full_name}", "conflict"
+        )
 
 
 def _check_stdio(fds: list[int]) -> None:
-    """Only pipes, regular files and /dev/null go into a jail: a terminal, directory, device or socket of the host is
-    a way out of it."""
+    """Only anonymous pipes and /dev/null go into a jail. A file of the host, a named FIFO too, could be read, truncated
+    or reopened there; a terminal, directory, device or socket is a way out of the jail."""
     for fd in fds:
         status = os.fstat(fd)
         if not (
-            stat.S_ISFIFO(status.st_mode)
-            or stat.S_ISREG(status.st_mode)
+            (stat.S_ISFIFO(status.st_mode) and fs_type(fd) == _PIPEFS_MAGIC)
             or (stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL)
         ):
-            raise JailmgrError("exec", "only pipes, files and /dev/null can be passed into a jail", "", "invalid")
+            raise JailmgrError("exec", "only pipes and /dev/null can be passed into a jail", "", "invalid")

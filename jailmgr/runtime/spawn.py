@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, rootfs, shaping
+from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, reaper, rootfs, shaping
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -146,8 +146,8 @@ def _abandon(ours: socket.socket, pid: int) -> JailmgrError | None:
     It would end by itself, too, when it hears no more from us.
     """
     told: JailmgrError | None = None
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
+    os.kill(pid, signal.SIGKILL)
+    reaper.wait_killed(pid)
     try:
         while (said := protocol.receive(ours)) is not None:
             protocol.close_all(said.fds)
@@ -172,7 +172,7 @@ def give_up(spawned: Spawned) -> None:
     """End a process 1 that could not be released. It ends by itself, unless it was about to exec what the guest has."""
     spawned.control.close()
     signal.pidfd_send_signal(spawned.pidfd, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, spawned.pidfd, os.WEXITED)
+    reaper.wait_killed(spawned.pid)
     for fd in (spawned.pidfd, spawned.console, spawned.notify):
         if fd is not None:
             os.close(fd)
@@ -252,6 +252,7 @@ def _init(
 ) -> None:
     """Process 1, from its clone to its exec."""
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    process.hide_arguments()
     kernel.close_all_but(sock.fileno(), *tasks, *(stdio or ()), *(payload.fds if payload else ()))
     process.shut_imports()
     process.reset_signals()

@@ -29,8 +29,8 @@ from jailmgr.runtime.loop import Loop
 from jailmgr.runtime.proc import Process, start_time
 from jailmgr.runtime.protocol import SOCKET
 from jailmgr.runtime.session import Session
+from jailmgr.runtime.standard_fds import open_closed
 from jailmgr.runtime.state import LOCK, SUPERVISOR_LOG
-from jailmgr.runtime.strays import Strays
 
 LOG_MAX = 256 * 1024
 
@@ -42,7 +42,6 @@ class Supervisor:
         self.lock = lock
         """Held while there is something to supervise (flock(2)): who has it is the tenant's supervisor."""
         self.loop = Loop()
-        self.strays = Strays(self.loop)
         self.host = Host(self.loop, run, cgroups.discover(), self._changed)
         self.jails: dict[str, Jail] = {}
         self.listener = listener
@@ -64,7 +63,12 @@ class Supervisor:
         """A jail that is alive; JailmgrError when it isn't."""
         jail = self.jails.get(name)
         if jail is None or not jail.running or jail.once:
-            raise JailmgrError(f"jail {name}", "is not running", f"Start it: jailmgr start {name}", "conflict")
+            raise JailmgrError(
+                f"jail {self.host.full_name(name)}",
+                "is not running",
+                f"Start it: jailmgr start {self.host.full_name(name)}",
+                "conflict",
+            )
         return jail
 
     def _accept(self) -> None:
@@ -153,6 +157,7 @@ def main(run: str, ready_fd: int, group: str = "") -> None:
 
     `group`: the systemd scope's, to be moved to.
     """
+    open_closed()
     if os.fork() != 0:
         os._exit(0)
     os.setsid()

@@ -24,6 +24,9 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 CLONE_INTO_CGROUP = 0x200000000
 SIGCHLD = 17
+WALL = 0x40000000
+"""__WALL of waitid(2): children of any kind, and threads that are traced."""
+PTRACE_DETACH = 17
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -135,6 +138,7 @@ _quotactl_fd = _declare("syscall", c_long, c_int, c_uint, c_uint, c_void_p)
 _pivot_root = _declare("syscall", c_long, c_char_p, c_char_p)
 _bpf = _declare("syscall", c_long, c_int, c_char_p, c_uint)
 _keyctl = _declare("syscall", c_long, c_int, c_void_p)
+_ptrace = _declare("ptrace", c_long, c_int, c_void_p, c_void_p)
 _prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _set_name = _declare("prctl", c_int, c_char_p)
 
@@ -196,6 +200,20 @@ def prctl(option: int, value: int, *more: int) -> int:
 def set_name(name: str) -> None:
     """The process's name as ps shows it, 15 bytes (PR_SET_NAME)."""
     _set_name(PR_SET_NAME, name.encode()[:15])
+
+
+def find_arguments() -> tuple[int, int]:
+    """Where this process's command line is in its memory: first byte and length (proc_pid_stat(5), arg_start)."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return int(fields[45]), int(fields[46]) - int(fields[45])
+
+
+def hide_arguments(where: tuple[int, int], name: bytes) -> None:
+    """Replace the command line that others see in /proc by `name`."""
+    start, length = where
+    ctypes.memset(start, 0, length)
+    ctypes.memmove(start, name, min(len(name), length - 1))
 
 
 def sethostname(name: str) -> None:
@@ -306,6 +324,14 @@ def bpf(command: int, attributes: bytes) -> int:
 def quotactl_fd(fd: int, command: int, number: int, argument: int) -> None:
     """quotactl(2) on the file system of `fd` (Linux 5.14); `argument` is the address of the command's structure."""
     _check(_quotactl_fd(_QUOTACTL_FD, fd, command, number, argument), "quotactl_fd", str(number))
+
+
+def detach_tracee(pid: int, signal_number: int) -> None:
+    """Let go of a process that made us its tracer and has stopped, with a signal or 0 (ptrace(2)); fine if it ended."""
+    try:
+        _check(_ptrace(PTRACE_DETACH, pid, None, signal_number), "ptrace", str(pid))
+    except ProcessLookupError:
+        return
 
 
 class _PidfdInfo(ctypes.Structure):

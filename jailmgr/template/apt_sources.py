@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import tomli
@@ -18,6 +18,8 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 
 APT = "/etc/apt"
+DEBIAN = "debian"
+"""The distribution of [build] mirror."""
 _PART = re.compile(r"[A-Za-z0-9_.-]+\.(list|sources)\Z", re.ASCII)
 _ONE_LINE = re.compile(r"deb\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+(\S+)((?:\s+\S+)*)\s*\Z")
 _URL_MAX = 400
@@ -78,25 +80,40 @@ def without_credentials(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def read_config(root: Root) -> Mirrors:
-    """`mirror` and `security_mirror` of [build] in etc/config.toml; JailmgrError `invalid` where that can't be read."""
+def configured_mirrors(root: Root, distribution: str, own: Mirrors) -> Mirrors:
+    """Return the configured mirrors of a distribution.
+
+    [mirrors.DISTRIBUTION] of etc/config.toml comes first, then (debian only) its [build], then `own`, the template's.
+    Raises JailmgrError `invalid` where config.toml can't be read.
+    """
     path = f"{root.etc}/config.toml"
     try:
         with open(path, "rb") as file:
-            build = tomli.load(file).get("build", {})
+            content = tomli.load(file)
     except FileNotFoundError:
-        return Mirrors()
+        return own
     except OSError as error:
         raise from_os("configuration", error) from error
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JailmgrError("configuration", f"{path}: {error}", "", "invalid") from error
-    if not isinstance(build, dict):
-        raise JailmgrError("configuration", f"{path}: build must be a table", "", "invalid")
-    urls = [build.get(key, "") for key in ("mirror", "security_mirror")]
-    for key, url in zip(("mirror", "security_mirror"), urls, strict=True):
-        if url and not _is_url(url):
-            raise JailmgrError("configuration", f"{path}: build.{key} must be an http or https URL", "", "invalid")
-    return Mirrors(*(url.rstrip("/") for url in urls))
+    build = _urls(path, content, "build", ("mirror", "security_mirror"))
+    tables = content.get("mirrors", {})
+    if not isinstance(tables, dict):
+        raise JailmgrError("configuration", f"{path}: mirrors must be a table", "", "invalid")
+    named = _urls(path, tables, distribution, ("url", "security_url"), "mirrors.")
+    general = build if distribution == DEBIAN else Mirrors()
+    return Mirrors(named.url or general.url or own.url, named.security_url or general.security_url or own.security_url)
+
+
+def _urls(path: str, content: dict[str, Any], name: str, keys: tuple[str, str], prefix: str = "") -> Mirrors:
+    table = content.get(name, {})
+    if not isinstance(table, dict):
+        raise JailmgrError("configuration", f"{path}: {prefix}{name} must be a table", "", "invalid")
+    for key in keys:
+        if (url := table.get(key, "")) and not is_url(url):
+            why = f"{path}: {prefix}{name}.{key} must be an http or https URL"
+            raise JailmgrError("configuration", why, "", "invalid")
+    return Mirrors(*((table.get(key) or "").rstrip("/") for key in keys))
 
 
 def read_sources(directory: str = APT) -> list[Entry]:
@@ -120,7 +137,7 @@ def parse_one_line(text: str) -> Iterator[Entry]:
     """`deb [option=value …] URL SUITE COMPONENT…`"""
     for line in text.splitlines():
         match = _ONE_LINE.match(line.partition("#")[0].strip())
-        if match is None or not _is_url(match[2]):
+        if match is None or not is_url(match[2]):
             continue
         options = dict(option.split("=", 1) for option in (match[1] or "").split() if "=" in option)
         architectures = tuple(filter(None, options.get("arch", "").split(",")))
@@ -144,12 +161,12 @@ def parse_deb822(text: str) -> Iterator[Entry]:
         enabled = [word.lower() for word in fields.get("enabled", [])]
         if "deb" not in fields.get("types", []) or enabled in (["no"], ["false"], ["0"]):
             continue
-        for url in filter(_is_url, fields.get("uris", [])):
+        for url in filter(is_url, fields.get("uris", [])):
             suites, components = tuple(fields.get("suites", [])), tuple(fields.get("components", []))
             yield Entry(url.rstrip("/"), suites, components, tuple(fields.get("architectures", [])))
 
 
-def _is_url(url: object) -> bool:
+def is_url(url: object) -> bool:
     """One that debootstrap, and apt in a jail, can fetch from; it is written into files of a line each."""
     plain = isinstance(url, str) and re.match(r"https?://[!-~]+\Z", url) and len(url) <= _URL_MAX
     return bool(plain) and not re.search(r"[\[\]<>\"'`$|\\]", str(url))

@@ -20,8 +20,8 @@ from jailmgr.template import busybox, debootstrap, tree
 from jailmgr.template.apt_sources import (
     Mirrors,
     choose_mirrors,
+    configured_mirrors,
     parse_one_line,
-    read_config,
     read_sources,
     without_credentials,
 )
@@ -103,6 +103,19 @@ def plan_build(build: Build) -> list[Step]:
     return steps
 
 
+def describe(step: Step) -> str:
+    """Return a line of text for a step of the plan."""
+    if isinstance(step, Bootstrap):
+        return f"fill the tree by {step.method}"
+    if isinstance(step, Settle):
+        return "remove what the first stage copied from the host"
+    if isinstance(step, Inside):
+        return step.title
+    if isinstance(step, Place):
+        return f"write {step.file.path}"
+    return f"empty {step.path}" if isinstance(step, Empty) else f"remove {step.pattern}"
+
+
 def build_image(
     root: Root,
     build: Build,
@@ -127,6 +140,7 @@ def build_image(
                 raise JailmgrError(work.what, "cancelled", "", "conflict")
             work.carry_out(step)
         with tree.open_tree(target) as top:
+            check_init(top, build)
             packages = read_packages(top)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -194,11 +208,12 @@ class _Work:
         """Chosen, and known to answer."""
         build = self.build
         architecture = ARCHITECTURES.get(build.architecture, "")
-        configured, entries = read_config(self.root), read_sources()
+        configured, entries = configured_mirrors(self.root, build.distribution, build.own_mirrors), read_sources()
         mirrors = choose_mirrors(configured, entries, build.release, build.releases, architecture, reach)
         why = reach(mirrors.url, build.release) if mirrors.url else ""
         if why:
-            hint = f"Check the network, or name another mirror: [build] mirror in {self.root.etc}/config.toml."
+            place = f"[mirrors.{build.distribution}] url in {self.root.etc}/config.toml"
+            hint = f"Check the network, or name another mirror: {place}."
             raise JailmgrError(self.what, f"{without_credentials(mirrors.url)}: {why}", hint, "unavailable")
         return mirrors if build.debootstrap and build.debootstrap.security else mirrors._replace(security_url="")
 
@@ -218,6 +233,9 @@ class _Work:
             raise JailmgrError(self.what, "cancelled", "", "conflict")
         if status != 0:
             why = reader.error or (self.log.tail[-1] if self.log.tail else "")
+            if step.argv is debootstrap.SECOND_STAGE:
+                with tree.open_tree(self.target) as top:
+                    why = debootstrap.second_stage_reason(top, self.log) or why
             told = f"{step.title} ended with status {status}" + (f": {why}" if why else "")
             raise debootstrap.failure(self.what, self.log, told)
 
@@ -242,6 +260,15 @@ class _Work:
             "mirror.security_url": self.mirrors.security_url,
             "mirror.components": build.debootstrap.components if build.debootstrap else [],
         }
+
+
+def check_init(top: int, build: Build) -> None:
+    """Check that the tree has the template's init as an executable file. Raises JailmgrError `invalid`."""
+    command = build.recipe.init[0]
+    if not tree.is_executable(top, command):
+        why = f"its init {command} is not found in the image, or not executable"
+        hint = f"Add the package that has it to [packages] of template {build.template}, or set [init] command."
+        raise JailmgrError(f"build {build.source}", why, hint, "invalid")
 
 
 def reach(url: str, suite: str) -> str:

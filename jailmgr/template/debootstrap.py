@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime.mount_namespace import enter_own
+from jailmgr.template import tree
 from jailmgr.template.log import BuildLog
 from jailmgr.template.recipe import Build
 
@@ -224,6 +225,31 @@ def failure(what: str, log: BuildLog, why: str) -> JailmgrError:
     return JailmgrError(what, f"{why}{reason}", f"The whole log: {log.path}")
 
 
+_DPKG_ERROR = re.compile(r"dpkg: error processing (?:package|archive) (\S+)")
+_DEBOOTSTRAP_LOG = "/debootstrap/debootstrap.log"
+_LOG_MAX = 4 * 1024 * 1024
+_LAST_LINES = 5
+
+
+def second_stage_reason(top: int, log: BuildLog) -> str:
+    """Return which packages failed and the last lines of the reason; empty where no log has any.
+
+    debootstrap keeps dpkg's words in its own log in the tree at `top`, which the caller removes: they go into `log`.
+    """
+    raw = tree.read(top, _DEBOOTSTRAP_LOG, _LOG_MAX) or b""
+    own = [line for line in raw.decode(errors="replace").splitlines() if line.strip()]
+    for line in own[-200:]:
+        log.line(line.encode())
+    lines = own or list(log.tail)
+    failed = [match[1] for line in lines if (match := _DPKG_ERROR.search(line))]
+    names = ", ".join(dict.fromkeys(name.rpartition("/")[2].removesuffix(":") for name in failed))
+    first = next((index for index, line in enumerate(lines) if _DPKG_ERROR.search(line)), len(lines))
+    # dpkg's reason is in the line after its error; what the package's script wrote is before it.
+    shown = lines[max(0, first - _LAST_LINES + 2) : first + 2] if failed else lines[-_LAST_LINES:]
+    words = "; ".join("".join(char if char.isprintable() else "?" for char in line.strip())[:200] for line in shown)
+    return f"package {names} failed: {words}" if names else words
+
+
 def _write_once(path: str, text: str) -> None:
     """A file that any number of builds may write at the same time, for they write the same."""
     new = f"{path}.{threading.get_native_id()}"
@@ -275,8 +301,11 @@ def _run(argv: list[str], env: dict[str, str], reader: Interaction, cancelled: C
 
 @contextmanager
 def _cache(cache_dir: str, build: Build) -> Iterator[str]:
-    """A directory of .debs for the release, locked; empty (do without) while another build has it."""
-    path = f"{cache_dir}/debs/{build.template}-{build.release}-{build.architecture}"
+    """Return the locked directory of .debs of a distribution's release; empty while another build has it locked.
+
+    Templates of one distribution share the directory: debootstrap checks each .deb by its hash in the signed list.
+    """
+    path = f"{cache_dir}/debs/{build.distribution}-{build.release}-{build.architecture}"
     os.makedirs(f"{path}/partial", mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -14,7 +14,7 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.model import CreateFile, Recipe
 from jailmgr.template import tree
-from jailmgr.template.apt_sources import read_config
+from jailmgr.template.apt_sources import DEBIAN, Mirrors, configured_mirrors
 from jailmgr.template.busybox import find_busybox
 from jailmgr.template.render import SOURCE_MAX
 from jailmgr.template.schema import FILE, NAME, TOML_MAX, Mistake, find_mistakes
@@ -45,6 +45,8 @@ class Debootstrap(msgspec.Struct, frozen=True):
     """Taken where the host's debootstrap has none for the release."""
     security: bool = True
     """The archive has a suite RELEASE-security."""
+    distribution: str = ""
+    """Whose archive it is; derived from the keyring's name where empty."""
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -74,6 +76,8 @@ class Template(msgspec.Struct, frozen=True):
     body: Body
     variants: dict[str, Body]
     debootstrap: Debootstrap | None
+    mirrors: Mirrors
+    """The template's own [mirror]."""
     sources: dict[str, str]
     """The text of each file in `files`."""
     digest: str
@@ -97,9 +101,15 @@ class Build(msgspec.Struct, frozen=True):
     empty: list[str]
     releases: list[str]
     debootstrap: Debootstrap | None
+    own_mirrors: Mirrors
     sources: dict[str, str]
     key: str
     """Same key, same image: a hash of the inputs (not of the archive's state)."""
+
+    @property
+    def distribution(self) -> str:
+        """Whose archive the image is built from: `debian`, `devuan`."""
+        return _distribution(self.debootstrap)
 
     @property
     def source(self) -> str:
@@ -154,6 +164,7 @@ def load_template(folder: str) -> Template:
         body=_body(content),
         variants={variant: _body(table) for variant, table in content.get("variants", {}).items()},
         debootstrap=msgspec.convert(content["debootstrap"], Debootstrap) if "debootstrap" in content else None,
+        mirrors=Mirrors(*(content.get("mirror", {}).get(key, "").rstrip("/") for key in ("url", "security_url"))),
         sources=sources,
         digest=digest.hexdigest(),
     )
@@ -187,7 +198,11 @@ def resolve(root: Root, source: str) -> Build:
         environment=environment,
     )
     machine = os.uname().machine
-    outside = _identity(find_busybox()) if template.method == "busybox" else list(read_config(root))
+    outside = (
+        _identity(find_busybox())
+        if template.method == "busybox"
+        else list(configured_mirrors(root, _distribution(template.debootstrap), template.mirrors))
+    )
     inputs = [FORMAT, template.digest, name, release, variant, machine, outside]
     return Build(
         template=name,
@@ -203,9 +218,18 @@ def resolve(root: Root, source: str) -> Build:
         empty=[*body.empty, *extra.empty],
         releases=template.releases,
         debootstrap=template.debootstrap,
+        own_mirrors=template.mirrors,
         sources=template.sources,
         key=hashlib.sha256(msgspec.json.encode(inputs)).hexdigest(),
     )
+
+
+def _distribution(told: Debootstrap | None) -> str:
+    """Return the distribution of a template: the one it names, else its keyring's (NAME-archive-keyring.gpg)."""
+    if told is None:
+        return DEBIAN
+    name = os.path.basename(told.keyring).partition("-")[0].removesuffix(".gpg")
+    return told.distribution or (name if NAME.match(name) else DEBIAN)
 
 
 def _unknown(kind: str, source: str, word: str, known: list[str], otherwise: str) -> JailmgrError:

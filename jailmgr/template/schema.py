@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import signal
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import tomli
 
+from jailmgr.template.apt_sources import is_url
 from jailmgr.template.positions import Path, find_keys, line_of
 from jailmgr.template.render import BUILD_NAMES, CREATE_NAMES, find_flaws, path_flaw
 
@@ -64,6 +66,16 @@ def _matches(pattern: re.Pattern[str], what: str) -> Check:
     return lambda value: "" if isinstance(value, str) and pattern.match(value) else f"must be {what}"
 
 
+def _url(value: Any) -> str:
+    return "" if is_url(value) else "must be an http or https URL"
+
+
+def _mode(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"(0o)?[0-7]{1,4}", value):
+        return f"must be an octal number without quotes: write 0o{int(value.removeprefix('0o'), 8):o}"
+    return "must be an octal number from 0o0 to 0o7777, such as 0o644" if _whole(0, 0o7777)(value) else ""
+
+
 def _list_of(check: Check, least: int = 0) -> Check:
     def check_all(value: Any) -> str:
         if not isinstance(value, list) or len(value) < least:
@@ -78,6 +90,8 @@ def _argument(value: Any) -> str:
 
 
 def _command(value: Any) -> str:
+    if isinstance(value, str):
+        return 'must be a list of a program and its arguments, such as ["/bin/sh", "-c", "…"]'
     wrong = _list_of(_argument, 1)(value)
     return wrong or ("" if value[0].startswith("/") else "must begin with the absolute path of a program")
 
@@ -120,7 +134,7 @@ _FILE: dict[str, Check] = {
     "source": _source,
     "link": _argument,
     "when": _one_of("build", "create"),
-    "mode": _whole(0, 0o7777),
+    "mode": _mode,
 }
 _DEBOOTSTRAP: dict[str, Check] = {
     "variant": _one_of("minbase", "buildd", "-"),
@@ -128,7 +142,9 @@ _DEBOOTSTRAP: dict[str, Check] = {
     "keyring": _absolute,
     "script": _name,
     "security": _flag,
+    "distribution": _name,
 }
+_MIRROR: dict[str, Check] = {"url": _url, "security_url": _url}
 _CLEAN: dict[str, Check] = {"remove": _list_of(_pattern), "empty": _list_of(_place)}
 _RUN: dict[str, Check] = {"command": _command}
 _TOP: dict[str, Check] = {"description": _text, "method": _one_of(*METHODS), "releases": _list_of(_name, 1)}
@@ -143,6 +159,7 @@ class Checker:
     def __init__(self, file: str, text: str, sources: Mapping[str, str]) -> None:
         self.file = file
         self.sources = sources
+        self.text = text
         self.keys = find_keys(text)
         self.mistakes: list[Mistake] = []
 
@@ -202,12 +219,38 @@ class Checker:
             self.table(value["clean"], (*path, "clean"), _CLEAN)
         if "file" in value:
             self.array(value["file"], (*path, "file"), self.file_entry)
+            self.paths_are_unique(value["file"], (*path, "file"))
         if "run" in value:
             self.array(value["run"], (*path, "run"), lambda entry, at: self.table(entry, at, _RUN, ("command",)))
+
+    def paths_are_unique(self, entries: Any, path: Path) -> None:
+        """Report each file whose path an earlier entry of the same table has."""
+        seen: dict[str, int] = {}
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            name = entry.get("path") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                continue
+            place = os.path.normpath(name)
+            if place in seen:
+                first = line_of(self.keys, (*path, seen[place], "path"))
+                self.tell((*path, index, "path"), f"{name} already exists: an entry at line {first} has this path")
+            seen.setdefault(place, index)
+
+    def is_decimal(self, value: int, path: Path) -> bool:
+        """Report whether the key at `path` spells `value` in decimal. tomli returns the number only."""
+        lines = self.text.splitlines()[line_of(self.keys, path) - 1 :]
+        # A key of an inline table has no line of its own.
+        lines = lines[:1] if path in self.keys else lines
+        return any(re.search(rf"\bmode[\"']?\s*=\s*\+?{value}(?![\w.])", line) for line in lines)
 
     def file_entry(self, value: Any, path: Path) -> None:
         before = len(self.mistakes)
         self.table(value, path, _FILE, ("path",))
+        mode = value.get("mode") if isinstance(value, dict) else None
+        # Below 8 both spellings are the same number.
+        if isinstance(mode, int) and mode > 7 and self.is_decimal(mode, (*path, "mode")):
+            octal = f"0o{mode}" if re.fullmatch("[0-7]{1,4}", str(mode)) else f"0o{mode:o}"
+            self.tell((*path, "mode"), f"{mode} is decimal, and means 0o{mode:o}: write {octal}")
         if len(self.mistakes) > before:
             return
         if ("source" in value) == ("link" in value):
@@ -237,8 +280,12 @@ def find_mistakes(text: str, sources: Mapping[str, str]) -> list[Mistake]:
     except RecursionError:
         return [Mistake(FILE, 1, "", "nested too deeply")]
     checker = Checker(FILE, text, sources)
-    checker.table(content, (), _TOP, ("description", "method", "releases"), (*_BODY, "debootstrap", "variants"))
+    checker.table(
+        content, (), _TOP, ("description", "method", "releases"), (*_BODY, "debootstrap", "mirror", "variants")
+    )
     checker.body(content, ())
+    if "mirror" in content:
+        checker.table(content["mirror"], ("mirror",), _MIRROR)
     if "debootstrap" in content:
         checker.table(content["debootstrap"], ("debootstrap",), _DEBOOTSTRAP, ("keyring",))
         if content.get("method") != "debootstrap":

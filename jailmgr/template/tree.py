@@ -44,6 +44,21 @@ def read(top: int, path: str, limit: int) -> bytes | None:
         return file.read(limit)
 
 
+def is_executable(top: int, path: str) -> bool:
+    """Report whether `path` is a regular file that may be executed; links are resolved inside the tree."""
+    try:
+        fd = kernel.openat2(top, path, os.O_PATH, _INSIDE)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+    try:
+        mode = os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
+    return stat.S_ISREG(mode) and bool(mode & 0o111)
+
+
 def write(top: int, path: str, content: bytes, mode: int) -> None:
     """Put a file in place in one piece, with the directories above it; whatever had its name is replaced."""
     parent, name = os.path.split(path)

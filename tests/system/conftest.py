@@ -117,8 +117,8 @@ def _make_instance() -> Instance:
 def _end(instance: Instance) -> None:
     """Delete all jails, stop the engine, and see that nothing but files is left of the instance; then these go too."""
     try:
-        for jail in instance.json("list"):
-            instance("delete", "--force", jail["name"])
+        for jail in instance.json("list", "--all-tenants"):
+            instance("delete", "--force", f"{jail['tenant']}/{jail['name']}")
         instance("engine", "stop")
         left: set[str] = set()
 

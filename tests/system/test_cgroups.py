@@ -113,7 +113,7 @@ def new_jail(kind: str, path: Path) -> Iterator[Jail]:
             cgroups.remove(h, made.cgroup)
             cgroups.remove(h, made.tenant)
             cgroups.remove_root(h, root_name)
-    gone = [f"{mount}/{relative(root_name)}" for mount in (*h.mounts, h.cpuset, h.unified) if mount]
+    gone = [f"{mount}/{relative(root_name)}" for mount in (*h.mounts, h.cpuset, *h.others.values(), h.unified) if mount]
     until(lambda: not any(os.path.exists(path) for path in gone), 10, gone)
 
 
@@ -175,7 +175,8 @@ def test_a_child_joins_by_itself(jail: Jail) -> None:
     with os.fdopen(read_end) as file:
         groups = file.read()
     os.waitpid(pid, 0)
-    assert groups.count(f"/{jail.cgroup}\n") == len(jail.h.mounts)
+    joined = [*jail.h.mounts, *filter(None, [jail.h.cpuset]), *jail.h.others.values()]
+    assert groups.count(f"/{jail.cgroup}\n") == len(joined)
 
 
 def test_a_memory_hog_is_killed_and_counted(jail: Jail) -> None:

@@ -13,6 +13,7 @@ import pytest
 from jailmgr.manager.doctor.host import SYSCTLS
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance
+from tests.system.leftovers import leftovers
 from tests.system.netns import OUTSIDE, run
 
 INSTANCES = Path("/proc/sys/fs/inotify/max_user_instances")
@@ -20,9 +21,10 @@ CHECKS = {
     "root", "kernel", "system calls", "namespace user", "namespace time", "idmapped mounts", "seccomp", "overlay",
     "btrfs", "loop", "veth", "bridge", "traffic control", "simple quotas", "cgroup v2", "cgroup memory", "cgroup cpu",
     "cgroup pids", "cgroup io", "cgroup devices", "cgroup freezer", "nftables", "protocols", "firewall forward",
-    "firewall input", "bridge netfilter", "mkfs.btrfs", "dnsmasq", "debootstrap", "busybox", "lxcfs", "fuse",
-    "libnftables", "libseccomp", "AppArmor", "fs.inotify.max_user_instances", "kernel.keys.maxkeys", "kernel.pty.max",
-    "id ranges", "resolver", "disk", "store", "leftovers",
+    "firewall input", "connection limits", "bridge netfilter", "mkfs.btrfs", "dnsmasq", "debootstrap", "busybox",
+    "lxcfs", "fuse", "libnftables", "libseccomp", "AppArmor", "fs.inotify.max_user_instances", "kernel.keys.maxkeys",
+    "kernel.pty.max", "pressure", "terminals", "processes", "keys", "id ranges", "resolver", "disk", "store",
+    "leftovers",
 }  # fmt: skip
 
 
@@ -43,24 +45,54 @@ def test_every_requirement_has_a_line(jm: Instance, busybox_jail: MakeJail) -> N
 
 
 @pytest.fixture
-def few_instances() -> Iterator[None]:
+def sysctls() -> Iterator[None]:
     """All that `--fix` may raise is put back."""
     paths = [Path("/proc/sys", *name.split(".")) for name in SYSCTLS]
     before = {path: path.read_text() for path in paths if path.exists()}
-    INSTANCES.write_text("128")
     yield
     for path, value in before.items():
         if path.read_text() != value:
             path.write_text(value)
 
 
-def test_fix_raises_a_sysctl(jm: Instance, few_instances: None) -> None:
+@pytest.mark.xdist_group("doctor-fix")
+def test_what_a_running_engine_keeps_is_no_leftover(jm: Instance, sysctls: None) -> None:
+    """After the last jail has gone, too: a bridge, its DNS server and the rules are there for the next one."""
+    assert jm.json("list", "--all-tenants") == []
+    assert jm.json("engine", "status")["running"]
+
+    def kept() -> set[str]:
+        return {line for line in leftovers(jm.root) if line.startswith(("link ", "table ")) or "dnsmasq" in line}
+
+    before = kept()
+    assert any(line.startswith(f"link {jm.root.link_prefix}b") for line in before)
+    assert any("dnsmasq" in line for line in before)
+    assert checks(jm)["leftovers"]["detail"] == "none"
+    assert "removed" not in jm("doctor", "--fix", status=None).err
+    assert kept() == before
+
+
+@pytest.mark.xdist_group("doctor-fix")
+def test_fix_raises_a_sysctl(jm: Instance, sysctls: None) -> None:
+    INSTANCES.write_text("128")
     low = checks(jm)["fs.inotify.max_user_instances"]
     assert (low["ok"], low["severity"]) == (False, "warning")
     said = jm("doctor", "--fix", status=None)
     assert "fs.inotify.max_user_instances raised from 128 to 1024" in said.err
     assert checks(jm)["fs.inotify.max_user_instances"]["ok"]
     assert "raised" not in jm("doctor", "--fix", status=None).err
+
+
+def test_limits_that_the_kernel_forgets(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail()
+    assert checks(jm)["connection limits"]["ok"]
+    mac = jm.sh(name, "cat /sys/class/net/eth0/address").out.strip()
+    run("nft", "delete", "element", "inet", jm.root.table, "opened", f"{{ {mac} }}")
+    found = checks(jm)["connection limits"]
+    assert (found["ok"], found["severity"]) == (False, "warning")
+    assert "1 jails" in found["detail"]
+    jm("restart", "--force", name)
+    assert checks(jm)["connection limits"]["ok"]
 
 
 @pytest.fixture

@@ -98,15 +98,6 @@ def test_neither_directory_nor_device_gets_in(jm: Instance, jail: str, path: str
     assert process.returncode != 0 or not out.decode().startswith(kind), (out, err)
 
 
-def test_a_regular_file_gets_in(jm: Instance, jail: str, tmp_path: os.PathLike[str]) -> None:
-    path = f"{os.fspath(tmp_path)}/out"
-    with open(path, "wb") as file:
-        process = jm.popen("exec", jail, "--", "echo", "written", stdin=subprocess.DEVNULL, stdout=file)
-        assert process.wait(30) == 0
-    with open(path, "rb") as file:
-        assert file.read() == b"written\n"
-
-
 def test_the_callers_terminal_never_gets_in(jm: Instance, jail: str) -> None:
     with terminal(jm, "exec", "-T", jail, "--", "sh", "-c", "test -t 0 || test -t 1 || echo none") as term:
         term.expect(b"none")

@@ -14,6 +14,9 @@ from jailmgr.runtime import cgroups
 from tests.system.instance import Instance, alive, kill
 from tests.system.leftovers import leftovers, running
 
+pytestmark = pytest.mark.xdist_group("doctor-fix")
+"""`doctor --fix` raises the host's sysctls, which test_doctor.py lowers: one after the other."""
+
 BUILD_WITHIN = 300
 
 

@@ -304,6 +304,7 @@ def test_nothing_is_left_when_the_last_jail_and_the_engine_have_gone(new_instanc
     assert not Path(instance.root.run, "lxcfs").exists()
 
 
+@pytest.mark.xdist_group("doctor-fix")
 @pytest.mark.parametrize("by", ["doctor", "engine"])
 def test_kill_of_everything_leaves_what_is_found_and_taken_away(new_instance: Callable[[], Instance], by: str) -> None:
     instance = new_instance()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -427,3 +428,54 @@ def test_several_threads_at_once(lan: Lan) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(add_and_remove, range(100, 106)))
     assert listed(lan) == before
+
+
+def test_conntrack_stays_on_whatever_is_added_again(lan: Lan) -> None:
+    """The kernel counts who needs it, and wrongly where an element that counts connections is added twice in JSON."""
+    for _ in range(30):
+        lan.host.run(firewall.add_jail, lan.root, lan.first, lan.a.nic, [])
+        lan.apply()
+        lan.host.run(firewall.remove_jail, lan.root, lan.a.nic, [])
+        lan.host.run(firewall.remove_jail, lan.root, lan.a.nic, [])
+    lan.host.run(firewall.add_jail, lan.root, lan.first, lan.a.nic, [])
+    with server(lan.outside, OUTSIDE4, 80):
+        assert ask(lan.a.netns, OUTSIDE4, 80) == HOST4
+
+
+def test_limits_that_are_right_are_kept_and_others_put_right(lan: Lan) -> None:
+    """`apply_all` keeps what an element has counted."""
+    group = bridge.tenant_group(1)
+    ports = [(jail.network, jail.nic) for jail in lan.jails]
+
+    def limits(connections: firewall.Connections) -> dict[tuple[str, str], str]:
+        lan.host.run(firewall.apply_all, lan.root, [lan.first, lan.second], ports, [], [], connections)
+        found = {}
+        for name in ("opened", "taken_ipv4", "taken_ipv6", "tenant_opened", "tenant_taken"):
+            said = lan.host.run(world.checked, ["nft", "list", "set", "inet", lan.root.table, name])
+            for key, limit in re.findall(r'(\S+) ct count over (\d+) comment "\2"', said):
+                found[name, key] = limit
+        return found
+
+    nics = [jail.nic for jail in lan.jails]
+    default = {("opened", nic.mac): "4096" for nic in nics}
+    default |= {("taken_ipv4", nic.ipv4): "4096" for nic in nics} | {("taken_ipv6", nic.ipv6): "4096" for nic in nics}
+    own = {("opened", lan.a.nic.mac): "7", ("taken_ipv4", lan.a.nic.ipv4): "7", ("taken_ipv6", lan.a.nic.ipv6): "7"}
+    total = {("tenant_opened", str(group)): "9", ("tenant_taken", str(group)): "9"}
+    try:
+        assert limits(firewall.Connections({lan.a.nic.veth: 7}, {group: 9})) == default | own | total
+        assert limits(firewall.Connections({lan.a.nic.veth: 7})) == default | own
+    finally:
+        assert limits(firewall.Connections()) == default
+
+
+def test_rules_are_as_many_with_more_jails(lan: Lan) -> None:
+    def rules() -> int:
+        said = lan.host.run(world.checked, ["nft", "-a", "list", "table", "inet", lan.root.table])
+        return sum("# handle" in line for line in said.splitlines())
+
+    before = rules()
+    lan.host.run(firewall.remove_jail, lan.root, lan.a.nic, [])
+    assert rules() == before
+    lan.host.run(firewall.add_jail, lan.root, lan.first, lan.a.nic, [], 7)
+    assert rules() == before
+    lan.apply()

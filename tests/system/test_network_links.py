@@ -43,7 +43,9 @@ def test_attach_replaces_and_detach_is_idempotent(lan: Lan) -> None:
 def test_attach_that_fails_leaves_nothing(lan: Lan, wrong: dict[str, object]) -> None:
     with ExitStack() as undo:
         jail = lan.b._replace(netns=Netns(undo))
-        plan = world.plan(lan.root, jail) | {"veth": f"{lan.root.link_prefix}vee"} | wrong
+        # The entry of a MAC in the bridge's table goes with the port that was attached last with it.
+        own = {"veth": f"{lan.root.link_prefix}vee", "mac": "0a:00:00:00:00:ee"}
+        plan = world.plan(lan.root, jail) | own | wrong
         with pytest.raises(JailmgrError, match=f"{lan.root.link_prefix}vee"):
             lan.host.run(netlink.attach, plan, jail.netns.fd)
         assert f"{lan.root.link_prefix}vee" not in lan.host.run(bridge.list_veths, lan.root)
@@ -77,6 +79,33 @@ def test_a_bridge_is_put_right(lan: Lan) -> None:
     up, found = lan.host.run(netlink.addresses, name)
     assert up
     assert {text for text in found if not text.startswith("fe80:")} == {lan.second.ipv4, lan.second.ipv6}
+
+
+def test_a_bridge_and_ports_of_an_older_release_are_closed(lan: Lan) -> None:
+    name, veth = bridge.bridge_name(lan.root, lan.first.id), lan.a.nic.veth
+    lan.host.ip(f"link set {name} type bridge no_linklocal_learn 0")
+    lan.host.ip(f"link set {veth} type bridge_slave learning on flood on", f"link set {veth} arp on")
+    lan.host.run(world.checked, ["bridge", "fdb", "del", lan.a.nic.mac, "dev", veth, "master"])
+    for _ in range(2):
+        lan.host.run(bridge.ensure_network, lan.root, lan.first, bridge.tenant_group(1))
+        lan.host.run(netlink.hold_port, veth, lan.a.nic.mac)
+        said = lan.host.run(world.checked, ["ip", "-details", "link", "show", name])
+        assert "no_linklocal_learn 1" in said
+        assert f"group {bridge.tenant_group(1)}" in said
+        said = lan.host.run(world.checked, ["ip", "-details", "link", "show", veth])
+        assert "learning off flood off" in said
+        assert "NOARP,UP" in said
+        said = lan.host.run(world.checked, ["bridge", "fdb", "show", "brport", veth])
+        assert f"{lan.a.nic.mac} sticky master {name} static" in said
+
+
+def test_a_port_without_a_bridge_is_no_error(lan: Lan) -> None:
+    lan.host.run(netlink.hold_port, "jmnolink", lan.b.nic.mac)
+    lan.host.ip("link add jmalone type ifb")
+    try:
+        lan.host.run(netlink.hold_port, "jmalone", lan.b.nic.mac)
+    finally:
+        lan.host.ip("link del jmalone")
 
 
 def test_forwarding_keeps_router_advertisements(lan: Lan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -402,3 +403,26 @@ def test_a_deletion_is_asked_about_at_a_terminal(jm: Instance, answer: bytes, st
     there = [tenant["name"] for tenant in jm.json("tenant", "list")]
     assert (name in there) == bool(status)
     jm("tenant", "delete", name, status=None)
+
+
+def test_inotify_is_used_up_for_oneself_only(
+    jm: Instance, debian_jail: MakeJail, other_tenant: str, debian: str
+) -> None:
+    greedy = debian_jail()
+    stranger = f"{other_tenant}/stranger"
+    jm("launch", debian, stranger, "--wait", within=180)
+    count = "$(($(cat /proc/sys/fs/inotify/max_user_instances) + 50))"
+    for name in (greedy, stranger):
+        jm.sh(name, "touch /run/watched")  # on tmpfs: on an overlay tail polls
+    jm.sh(greedy, f"n=0; while [ $n -lt {count} ]; do tail -f /run/watched {BACKGROUND} n=$((n+1)); done")
+    until(
+        lambda: "inotify" in jm.sh(greedy, "timeout 2 tail -f /run/watched 2>&1", status=None).out.lower(),
+        60,
+        "it is used up",
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_CLOEXEC)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    os.close(fd)
+    assert "inotify" not in jm.sh(stranger, "timeout 2 tail -f /run/watched 2>&1", status=None).out.lower()
+    assert jm.exec(stranger, "systemctl", "is-system-running").out == "running\n"

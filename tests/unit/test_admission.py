@@ -30,6 +30,7 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
 from jailmgr.model import Image, Jail, Network, Recipe
 from jailmgr.storage.kind import Pool
+from jailmgr.template.apt_sources import Mirrors
 from jailmgr.template.recipe import Build
 from jailmgr.tenant_keys import TENANT, check_tenant_config, parse_list, parse_ports
 
@@ -89,7 +90,7 @@ def attempt(do: Callable[[], object], *codes: str) -> bool:
 
 
 def build(template: str, release: str) -> Build:
-    return Build(template, release, "", "busybox", "x86_64", [], Recipe(), [], [], [], [], [], None, {}, "")
+    return Build(template, release, "", "busybox", "x86_64", [], Recipe(), [], [], [], [], [], None, Mirrors(), {}, "")
 
 
 def test_a_count_is_told_with_what_is_used_and_what_was_asked(m: Manager) -> None:

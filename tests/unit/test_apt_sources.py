@@ -14,9 +14,9 @@ from jailmgr.template.apt_sources import (
     Entry,
     Mirrors,
     choose_mirrors,
+    configured_mirrors,
     parse_deb822,
     parse_one_line,
-    read_config,
     read_sources,
     without_credentials,
 )
@@ -154,11 +154,11 @@ def test_credentials_stay_on_the_host() -> None:
 )
 def test_config(tmp_path: Path, text: str, expected: Mirrors) -> None:
     (tmp_path / "config.toml").write_text(text)
-    assert read_config(Root("", "", str(tmp_path), "")) == expected
+    assert configured_mirrors(Root("", "", str(tmp_path), ""), "debian", Mirrors()) == expected
 
 
 def test_no_config(tmp_path: Path) -> None:
-    assert read_config(Root("", "", str(tmp_path), "")) == Mirrors()
+    assert configured_mirrors(Root("", "", str(tmp_path), ""), "debian", Mirrors()) == Mirrors()
 
 
 @pytest.mark.parametrize(
@@ -174,5 +174,14 @@ def test_no_config(tmp_path: Path) -> None:
 def test_bad_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.toml").write_text(text)
     with pytest.raises(JailmgrError) as refused:
-        read_config(Root("", "", str(tmp_path), ""))
+        configured_mirrors(Root("", "", str(tmp_path), ""), "debian", Mirrors())
     assert refused.value.code == "invalid"
+
+
+def test_build_mirror_is_debians_only(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f'[build]\nmirror = "{A}"\n[mirrors.devuan]\nurl = "{S}/"\n')
+    root = Root("", "", str(tmp_path), "")
+    assert configured_mirrors(root, "debian", Mirrors()) == Mirrors(A)
+    assert configured_mirrors(root, "devuan", Mirrors("http://own.example")) == Mirrors(S)
+    assert configured_mirrors(root, "ubuntu", Mirrors("http://own.example")) == Mirrors("http://own.example")
+    assert configured_mirrors(root, "ubuntu", Mirrors()) == Mirrors()

@@ -58,6 +58,27 @@ def test_hybrid_takes_each_controller_where_it_is(tmp_path: Path) -> None:
     assert set(h.mounts) == set(h.v1.values())
 
 
+def test_hierarchies_that_limit_nothing_are_known_by_their_names(tmp_path: Path) -> None:
+    """Each once, however often it is mounted, named ones too; options that are no controller are left out."""
+    memory, blkio = str(tmp_path / "memory"), str(tmp_path / "blkio")
+    named, net = str(tmp_path / "systemd"), str(tmp_path / "net_cls,net_prio")
+    agent = "release_agent=/lib/systemd/systemd-cgroups-agent"
+    mounts = [
+        (memory, "rw", "cgroup", "rw,memory"),
+        (named, "rw", "cgroup", f"rw,xattr,{agent},name=systemd"),
+        (net, "rw", "cgroup", "rw,net_cls,net_prio"),
+        (blkio, "rw", "cgroup", "rw,blkio"),
+        (str(tmp_path / "ro"), "ro", "cgroup", "rw,hugetlb"),
+    ]
+    file = mountinfo(tmp_path, *mounts)
+    again = Path(file).read_text().splitlines()[-2].replace(blkio, str(tmp_path / "again"))
+    Path(file).write_text(Path(file).read_text() + again + "\n")
+    h = cgroups.discover(file)
+    assert h.others == {"name=systemd": named, "net_cls,net_prio": net, "blkio": blkio}
+    assert h.mounts == (memory,)
+    assert cgroups.not_writable(file) == [str(tmp_path / "ro")]
+
+
 def test_v1_alone_counts_and_freezes_by_controllers(tmp_path: Path) -> None:
     both = str(tmp_path / "cpu,cpuacct")
     others = [(str(tmp_path / name), "rw", "cgroup", f"rw,{name}") for name in ("memory", "freezer")]

@@ -390,6 +390,7 @@ def test_a_fault_shows_no_traceback_but_with_debug(
     def fault(*_: object) -> None:
         raise ZeroDivisionError("oops")
 
+    root.mkdir()
     monkeypatch.setattr("jailmgr.cli.client.connect", fault)
     assert main(["list"]) == 1
     assert capsys.readouterr().err.startswith("Error: jailmgr: unexpected ZeroDivisionError: oops\nHint: ")

@@ -31,7 +31,7 @@ FORMS = [
     "-qy list",
     "list -qA",
     "--tenant acme list --all-tenants",
-    "--root ROOT list",
+    "--root /ROOT list",
     "list web",
     "list --format xml",
     "list -h",

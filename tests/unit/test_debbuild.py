@@ -182,6 +182,7 @@ def test_an_upgrade_starts_the_engine_anew_and_nothing_else(maintainer: Callable
 def test_sysctl_file_gives_what_doctor_wants() -> None:
     lines = (TREE / "packaging/sysctl/jailmgr.conf").read_text().splitlines()
     values = dict(line.split(" = ") for line in lines if line and line[0] != "#")
-    given = {name: int(values[name]) for name in SYSCTLS if not name.startswith("user.")}
+    # The kernel sets user.*, and the engine raises what comes with a module that is loaded later.
+    given = {name: int(values[name]) for name in SYSCTLS if not name.startswith(("user.", "net.netfilter."))}
     assert given
     assert [name for name, value in given.items() if value < SYSCTLS[name][0]] == []

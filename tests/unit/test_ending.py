@@ -15,6 +15,7 @@ from jailmgr.runtime.ending import ending
         (signal.SIGINT, {}, ("poweroff", "guest", 0)),
         (signal.SIGHUP, {}, ("reboot", "guest", 0)),
         (signal.SIGINT, {"stopping": "admin"}, ("poweroff", "admin", 0)),
+        (signal.SIGHUP, {"stopping": "admin"}, ("poweroff", "admin", 0)),
         (7 << 8, {}, ("exit", "guest", 7)),
         (0, {}, ("exit", "guest", 0)),
         (signal.SIGSEGV, {}, ("signal", "guest", 11)),

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
+from jailmgr.cli.client import Connection
 from jailmgr.config import Root, find_root
-from jailmgr.engine import background, requests
+from jailmgr.engine import background, protocol, requests
 from jailmgr.engine.app import make_app
 from jailmgr.engine.background import Operations
 from jailmgr.engine.door import Door
@@ -411,6 +412,31 @@ def test_users_leave_root_room_for_operations(
     client.ended(client("PUT", "/1.0/instances/web/state", {"action": "start"}))
 
 
+def test_one_connection_too_many_is_told_as_the_api_tells_errors(
+    running: Running, client: Client, root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the connections that were there before it are served."""
+    monkeypatch.setattr(protocol, "CONNECTIONS_MAX", 2)
+    held = [client.connect() for _ in range(2)]
+    try:
+        for sock in held:
+            sock.sendall(b"GET /1.0 HTTP/1.1\r\nHost: jailmgr\r\n\r\n")
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        refused = client("GET", "/1.0")
+        assert (refused.status, refused.headers["connection"]) == (503, "close")
+        assert refused.metadata["why"] == "it has 2 connections already"
+        assert refused.metadata["code"] == "unavailable"
+        connection = Connection(root, client.connect())
+        with pytest.raises(JailmgrError) as caught:
+            connection.call("GET", "/1.0")
+        assert (caught.value.code, caught.value.why) == ("unavailable", "it has 2 connections already")
+        assert caught.value.hint
+        connection.close()
+    finally:
+        for sock in held:
+            sock.close()
+
+
 def test_not_http(client: Client) -> None:
     with client.connect() as sock:
         sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
@@ -446,7 +472,7 @@ def test_internal_errors_are_told_without_their_text(
 
 
 def test_cancel(client: Client, fake: Callable[..., Spy]) -> None:
-    def build(_source: str, _progress: object, cancelled: Callable[[], bool]) -> None:
+    def build(_source: str, _progress: object, cancelled: Callable[[], bool], _refresh: bool) -> None:
         deadline = time.monotonic() + 20
         while not cancelled():
             assert time.monotonic() < deadline

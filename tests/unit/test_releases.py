@@ -39,7 +39,7 @@ def test_a_state_of_a_newer_release_is_left_alone(
     file.write_text(json.dumps(STATE | more))
     assert load_state(str(tmp_path), "web") is None
     jails: dict[str, Jail] = {}
-    adopt_all(cast(Host, SimpleNamespace(run=str(tmp_path), boot_id="x")), jails)
+    adopt_all(cast(Host, SimpleNamespace(full_name=lambda jail: f"acme/{jail}", run=str(tmp_path), boot_id="x")), jails)
     assert jails == {}
     assert file.exists()
     assert "web.json is of another release" in capsys.readouterr().err

@@ -108,6 +108,41 @@ def test_socket_families_without_a_namespace_are_not_supported() -> None:
     assert under_filter(ask) == [errno.EAFNOSUPPORT] * 4 + [0]
 
 
+FAMILIES = {1: "unix", 2: "inet", 10: "inet6", 16: "netlink", 17: "packet"}
+LAST_FAMILY = 63
+"""Of those that a kernel may have; linux/socket.h numbers 46 so far."""
+
+
+def test_only_families_of_the_list_reach_the_kernel() -> None:
+    """Each other one by socket and by socketpair, and with a bit that the kernel does not look at."""
+    pair = (ctypes.c_int * 2)()
+    at = ctypes.addressof(pair)
+    others = [family for family in (*range(LAST_FAMILY + 1), 1 << 16, 1 << 31 | 1) if family not in FAMILIES]
+
+    def ask() -> list[int]:
+        calls = [call("socket", family, 3) for family in others] + [call("socket", 1 << 32 | n, 3) for n in others]
+        return calls + [call("socketpair", family, 1, 0, at) for family in others]
+
+    assert set(under_filter(ask)) == {errno.EAFNOSUPPORT}
+    allowed = under_filter(lambda: [call("socket", family, socket.SOCK_RAW) for family in FAMILIES])
+    assert errno.EAFNOSUPPORT not in allowed
+    # AF_INET has no pairs, and its own word for that.
+    assert under_filter(lambda: [call("socketpair", family, 1, 0, at) for family in (1, 2)]) == [0, errno.EOPNOTSUPP]
+
+
+def test_netlink_protocols_that_no_guest_needs_are_not_supported() -> None:
+    """iSCSI, the connector, RDMA, the crypto API and SMC would load modules; those of every system are let through."""
+    refused = (8, 11, 20, 21, 22, 31, 1 << 31)
+    allowed = (0, 2, 4, 9, 12, 15, 16)
+
+    def ask() -> list[int]:
+        return [call("socket", socket.AF_NETLINK, socket.SOCK_RAW, protocol) for protocol in (*refused, *allowed)]
+
+    found = under_filter(ask)
+    assert found[: len(refused)] == [errno.EPROTONOSUPPORT] * len(refused)
+    assert found[len(refused) :] == [0] * len(allowed)
+
+
 def test_nothing_is_typed_into_a_terminal() -> None:
     def ask() -> list[int]:
         return [call("ioctl", -1, command) for command in (TIOCSTI, 1 << 32 | TIOCSTI, 0x541C, 0x5401)]

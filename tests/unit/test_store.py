@@ -88,7 +88,7 @@ def test_an_unknown_jail_is_told_with_the_nearest(store: Store) -> None:
     _jail(store, "web-server")
     with pytest.raises(JailmgrError) as caught:
         store.jail("default", "web-sever")
-    assert (caught.value.code, caught.value.hint) == ("missing", "Did you mean web-server?")
+    assert (caught.value.code, caught.value.hint) == ("missing", "Did you mean default/web-server?")
 
 
 def test_an_address_is_taken_once(store: Store) -> None:

@@ -303,3 +303,51 @@ def test_packages_of_dpkgs_status(tmp_path: Path) -> None:
 
 def test_mirror_that_cannot_be_reached() -> None:
     assert "can't be reached" in building.reach("http://127.0.0.1:1/debian", "bookworm")
+
+
+def test_failing_second_stage_names_the_package(root: Root, log: BuildLog, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    (target / "debootstrap").mkdir(parents=True)
+    (target / "debootstrap/debootstrap.log").write_text(
+        "Setting up nginx (1.2)\ncannot bind\ndpkg: error processing package nginx (--configure):\n"
+        " installed nginx package post-installation script subprocess returned error exit status 3\n"
+        "Errors were encountered while processing:\n nginx\n"
+    )
+
+    def run(_argv: list[str], _env: dict[str, str], output: Callable[[bytes], None]) -> int:
+        output(b"W: See the log for details\n")
+        return 1
+
+    build = recipe.resolve(root, "debian")
+    work = building._Work(root, build, str(target), run, "", log, lambda *_step: None, never)
+    with pytest.raises(JailmgrError) as refused:
+        work.carry_out(Inside("second stage", debootstrap.SECOND_STAGE, {}))
+    assert "package nginx failed" in refused.value.why
+    assert "cannot bind" in refused.value.why
+    assert "exit status 3" in refused.value.why
+
+
+@pytest.mark.parametrize(("mode", "there"), [(0o755, True), (0o644, True), (0o755, False)])
+def test_image_without_an_init_is_refused(root: Root, tmp_path: Path, mode: int, there: bool) -> None:
+    build = recipe.resolve(root, "debian")
+    (tmp_path / "sbin").mkdir()
+    if there:
+        # As in Debian: an absolute link, resolved inside the tree.
+        (tmp_path / "real").touch()
+        (tmp_path / "real").chmod(mode)
+        (tmp_path / "sbin/init").symlink_to("/real")
+    with tree.open_tree(str(tmp_path)) as top:
+        if there and mode == 0o755:
+            building.check_init(top, build)
+            return
+        with pytest.raises(JailmgrError, match=r"init /sbin/init") as refused:
+            building.check_init(top, build)
+    assert refused.value.code == "invalid"
+
+
+def test_templates_of_a_distribution_share_the_debs(root: Root, tmp_path: Path) -> None:
+    build = recipe.resolve(root, "debian")
+    with debootstrap._cache(str(tmp_path), build) as first:
+        pass
+    with debootstrap._cache(str(tmp_path), msgspec.structs.replace(build, template="mine")) as second:
+        assert first == second != ""

@@ -107,6 +107,12 @@ def test_own_templates_name_no_host() -> None:
         ('source = "motd"', 'source = "mtd"', 21, "file.1.source", "no file `mtd`"),
         ('source = "motd"', 'source = "motd"\nlink = "x"', 19, "file.1", "either"),
         ('source = "motd"', 'source = "motd"\nwhen = "create"', 21, "file.1.source", "end in `.j2`"),
+        ('source = "motd"', 'source = "motd"\nmode = 644', 22, "file.1.mode", "0o644"),
+        ('source = "motd"', 'source = "motd"\nmode = 420', 22, "file.1.mode", "420 is decimal"),
+        ('source = "motd"', 'source = "motd"\nmode = "0644"', 22, "file.1.mode", "0o644"),
+        ('source = "motd"', 'source = "motd"\nmode = 0o10000', 22, "file.1.mode", "0o7777"),
+        ('path = "/etc/motd"', 'path = "/etc/hostname"', 20, "file.1.path", "line 15"),
+        ('command = ["/bin/true"]', 'command = "/bin/true"', 24, "run.0.command", "a program and its arguments"),
         ('command = ["/bin/true"]', 'command = ["true"]', 24, "run.0.command", "absolute"),
         ('remove = ["/var/log/*"]', 'remove = ["/var/*/log"]', 27, "clean.remove", "last part"),
         ('remove = ["/var/log/*"]', 'remove = ["/*/../x"]', 27, "clean.remove", "'/*/../x'"),
@@ -136,6 +142,17 @@ def test_files_of_the_build_know_no_jail() -> None:
 
 def test_good_has_none() -> None:
     assert find_mistakes(GOOD, SOURCES) == []
+
+
+@pytest.mark.parametrize("mode", ["0o644", "0o1777", "0o1204", "0o7777", "0"])
+def test_octal_modes_pass(mode: str) -> None:
+    assert find_mistakes(GOOD.replace('source = "motd"', f'source = "motd"\nmode = {mode}'), SOURCES) == []
+
+
+@pytest.mark.parametrize(("mode", "flaws"), [("0o644", 0), ("644", 1)])
+def test_mode_in_an_inline_table(mode: str, flaws: int) -> None:
+    text = GOOD + f'file = [\n  {{path = "/etc/x", source = "motd", mode = {mode}}},\n]\n'
+    assert [mistake.key for mistake in find_mistakes(text, SOURCES)] == ["variants.small.file.0.mode"] * flaws
 
 
 def test_syntax_errors_have_a_line() -> None:
@@ -215,7 +232,7 @@ def test_key_changes_with_a_file_and_with_the_configured_mirror(root: Root) -> N
     before = recipe.resolve(root, "trial").key
     (folder / "files" / "motd").write_text("other")
     changed = recipe.resolve(root, "trial").key
-    Path(root.etc, "config.toml").write_text('[build]\nmirror = "http://mirror.example/debian"\n')
+    Path(root.etc, "config.toml").write_text('[mirrors.x]\nurl = "http://mirror.example/x"\n')
     assert len({before, changed, recipe.resolve(root, "trial").key}) == 3
 
 
@@ -286,3 +303,12 @@ def test_positions_of_flat_keys(table: dict[str, str]) -> None:
     ]
     assert tomli.loads("\n".join(lines)) == table
     assert positions.find_keys("\n".join(lines)) == {(key,): line for line, key in enumerate(table, 1)}
+
+
+def test_distribution_is_the_keyrings(root: Root) -> None:
+    put(root, "trial", GOOD.replace("x.gpg", "devuan-archive-keyring.gpg"))
+    named = GOOD.replace('x.gpg"', 'x.gpg"\ndistribution = "ubuntu"')
+    put(root, "named", named.replace("[packages]", '[mirror]\nurl = "http://m.example/ubuntu/"\n[packages]'))
+    found = [recipe.resolve(root, name) for name in ("trial", "named", "debian")]
+    assert [build.distribution for build in found] == ["devuan", "ubuntu", "debian"]
+    assert found[1].own_mirrors.url == "http://m.example/ubuntu"

@@ -10,6 +10,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.manager import leftovers
 from jailmgr.manager.disk_guard import space_left
 from jailmgr.manager.doctor import host
+from jailmgr.manager.doctor.bounds import bounds_checks
 from jailmgr.manager.doctor.check import Check, check
 from jailmgr.manager.doctor.firewall import firewall_checks
 from jailmgr.manager.doctor.kernel import cgroup_checks, kernel_checks
@@ -29,6 +30,7 @@ def doctor(root: Root) -> list[Check]:
         ("tools", host.tool_checks),
         ("security", host.security_checks),
         ("sysctl", host.sysctl_checks),
+        ("bounds", bounds_checks),
         ("id ranges", host.id_checks),
         ("resolver", host.name_checks),
         ("disk", lambda: _disk(root)),
@@ -64,8 +66,13 @@ def _disk(root: Root) -> list[Check]:
             remedy = "Free some space on the host's disk: jails are held still until there is some."
             return [check("disk", False, "the host's disk is nearly full", remedy)]
         left = host_headroom(root)
-        detail = f"{format_size(max(0, left))} would be left on the host's disk with the pool full"
-        remedy = "The host's disk can be full before the pool is: free some space."
+        if left > 0:
+            detail = f"the host's disk has room for all that jails can write, and {format_size(left)} more"
+        else:
+            detail = f"jails can write {format_size(-left)} more than the host's disk has free"
+        remedy = (
+            "Free that much, or give jails less (limits.disk). While the disk is nearly full, jails are held still."
+        )
         return [check("disk", left > 0, detail, remedy, "warning")]
     at = root.lib
     while not os.path.isdir(at):

@@ -47,6 +47,7 @@ def firewall_checks(root: Root) -> list[Check]:
     there = os.path.exists(PROTOCOLS)
     detail = PROTOCOLS if there else f"no {PROTOCOLS}, where libnftables looks tcp and udp up"
     found = [check("nftables", True, "answers"), check("protocols", there, detail, "apt install netbase")]
+    found.append(limits_check(listing, root))
     foreign = [*dropping(listing, root), *_legacy(root)]
     for hook, meaning in HOOKS.items():
         at = [chain for chain in foreign if chain.hook == hook]
@@ -67,6 +68,24 @@ def firewall_checks(root: Root) -> list[Check]:
     )
     remedy = "sysctl -w net.bridge.bridge-nf-call-iptables=0, where neither Docker nor Kubernetes needs it"
     return [*found, check("bridge netfilter", bridged != "1", detail, remedy, "warning")]
+
+
+def limits_check(listing: list[dict[str, Any]], root: Root) -> Check:
+    """Return whether each jail whose MAC is in our rules has its limit on connections there as well.
+
+    Kernels before April 2025 remove an element that counts connections when it has counted none for a second
+    (nft_rhash_gc).
+    """
+    sets = {each["name"]: each.get("elem", []) for each in _sets(listing) if each["table"] == root.table}
+    counted = {element["elem"]["val"] for element in sets.get("opened", [])}
+    lacking = {element["concat"][1] for element in sets.get("macs", [])} - counted
+    detail = f"{len(lacking)} jails have none: the kernel has forgotten it" if lacking else "each jail has its own"
+    remedy = "Update the kernel: Linux 6.15, or 6.1.134, 6.6.87, 6.12.23 and later ones of these series, keep them."
+    return check("connection limits", not lacking, detail, remedy, "warning")
+
+
+def _sets(listing: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry["set"] for entry in listing if "set" in entry]
 
 
 def dropping(listing: list[dict[str, Any]], root: Root) -> list[Foreign]:

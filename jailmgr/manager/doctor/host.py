@@ -9,6 +9,7 @@ import shutil
 from jailmgr import claims
 from jailmgr.manager import apparmor
 from jailmgr.manager.doctor.check import SBIN, Check, Severity, check, read
+from jailmgr.network import bridge
 from jailmgr.runtime import apparmor as apparmor_kernel
 
 TOOLS: dict[str, tuple[str, Severity, str]] = {
@@ -25,7 +26,7 @@ SYSCTLS = {
     "kernel.keys.maxkeys": (1000, "keyrings; shared by the jails of a tenant"),
     "kernel.pty.max": (1024, "a console takes one, each shell another"),
     "user.max_user_namespaces": (256, "a jail takes one"),
-}
+} | {name: (least, "a table that all jails share: a start of a jail raises it") for name, least in bridge.ROOM.items()}
 """Least values for some hundred jails, and why. More is in the package's sysctl.d file."""
 FUSE = "/dev/fuse"
 RESOLV_CONF = "/etc/resolv.conf"

@@ -107,6 +107,9 @@ def cgroup_checks() -> list[Check]:
     found.append(check("cgroup devices", bool(devices), devices or "missing", BOOT_V2))
     freezer = "v2, cgroup.freeze" if there else f"v1, {h.v1['freezer']}" if "freezer" in h.v1 else ""
     found.append(check("cgroup freezer", bool(freezer), freezer or "missing: pause is refused", BOOT_V2, "warning"))
+    if closed := cgroups.not_writable():
+        detail = f"{', '.join(closed)} can't be written: jails see the names of the groups in it"
+        found.append(check("cgroup names", False, detail, "Mount it for writing.", "warning"))
     if SYSTEMD:
         program = shutil.which("systemd-run", path=SBIN)
         detail = f"jailmgr.slice/jailmgr.scope, by {program}" if program else "no systemd-run"

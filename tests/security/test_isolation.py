@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import ctypes
 import fcntl
 import os
 import stat
@@ -12,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from tests.system.conftest import MakeJail
-from tests.system.instance import Instance, alive, until
+from tests.system.instance import Instance, alive
 
 NS_GET_OWNER_UID = 0xB704
 """ioctl_ns(2)."""
@@ -155,26 +154,3 @@ def test_a_guest_cannot_end_what_watches_it(jm: Instance, jail: str) -> None:
 
 def test_nested_user_namespaces_work(jm: Instance, jail: str) -> None:
     assert jm.exec(jail, "unshare", "-U", "-r", "id", "-u").out == "0\n"
-
-
-def test_inotify_is_used_up_for_oneself_only(
-    jm: Instance, debian_jail: MakeJail, other_tenant: str, debian: str
-) -> None:
-    greedy = debian_jail()
-    stranger = f"{other_tenant}/stranger"
-    jm("launch", debian, stranger, "--wait", within=180)
-    count = "$(($(cat /proc/sys/fs/inotify/max_user_instances) + 50))"
-    for name in (greedy, stranger):
-        jm.sh(name, "touch /run/watched")  # on tmpfs: on an overlay tail polls
-    jm.sh(greedy, f"n=0; while [ $n -lt {count} ]; do tail -f /run/watched {BACKGROUND} n=$((n+1)); done")
-    until(
-        lambda: "inotify" in jm.sh(greedy, "timeout 2 tail -f /run/watched 2>&1", status=None).out.lower(),
-        60,
-        "it is used up",
-    )
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.inotify_init1(os.O_CLOEXEC)
-    assert fd >= 0, os.strerror(ctypes.get_errno())
-    os.close(fd)
-    assert "inotify" not in jm.sh(stranger, "timeout 2 tail -f /run/watched 2>&1", status=None).out.lower()
-    assert jm.exec(stranger, "systemctl", "is-system-running").out == "running\n"
