@@ -18,7 +18,6 @@ import typer
 
 from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
-from jailmgr.cli.output import remark
 from jailmgr.cli.settings import Settings, name_of, split_name, wrong_usage
 from jailmgr.errors import JailmgrError
 
