@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import resource
 import shutil
@@ -9,10 +10,11 @@ import stat
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self
 
 import typer
 
@@ -201,37 +203,61 @@ def _put_content(out: archive.Writer, source: BinaryIO | Any, size: int) -> None
     out.put(bytes(-size % 512))
 
 
+class _Whole(tarfile.TarInfo):
+    """A member of a tar that ends where it says: tarfile takes a later header that is cut off for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+
+
 def _convert(fd: int) -> None:
-    """Send a tar on stdin, of any kind that tarfile reads."""
-    from jailmgr.runtime import archive, pax
+    """Send a tar on stdin, of any kind that tarfile reads. JailmgrError where it can't be read to its end."""
+    from jailmgr.runtime import archive
+
+    out = archive.Writer(fd)
+    try:
+        with tarfile.open(fileobj=sys.stdin.buffer, mode="r|*", tarinfo=_Whole) as tar:
+            _convert_members(tar, out)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        why = f"what comes in is no tar that can be read to its end ({error})"
+        hint = "A target that ends in `/` takes a tar; name a file to write what comes in as it is."
+        raise JailmgrError("cp -", why, hint) from error
+    out.flush()
+
+
+def _convert_members(tar: tarfile.TarFile, out: archive.Writer) -> None:
+    from jailmgr.runtime import pax
 
     prefix = "SCHILY.xattr."
-    out = archive.Writer(fd)
-    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|*") as tar:
-        for item in tar:
-            kind = pax.FILE if item.isreg() else item.type
-            member = pax.Member(
-                os.fsencode("/".join(part for part in item.name.split("/") if part not in ("", ".")) or "."),
-                kind,
-                item.mode,
-                item.uid,
-                item.gid,
-                item.size if kind == pax.FILE else 0,
-                _nanoseconds(item),
-                None,
-                os.fsencode(item.linkname),
-                (item.devmajor, item.devminor),
-                tuple(
-                    (os.fsencode(key.removeprefix(prefix)), value.encode("utf-8", "surrogateescape"))
-                    for key, value in item.pax_headers.items()
-                    if key.startswith(prefix)
-                ),
-            )
-            out.put(pax.header(member))
-            if kind == pax.FILE:
-                _put_content(out, tar.extractfile(item), item.size)
+    for item in tar:
+        kind = pax.FILE if item.isreg() else item.type
+        member = pax.Member(
+            os.fsencode("/".join(part for part in item.name.split("/") if part not in ("", ".")) or "."),
+            kind,
+            item.mode,
+            item.uid,
+            item.gid,
+            item.size if kind == pax.FILE else 0,
+            _nanoseconds(item),
+            None,
+            os.fsencode(item.linkname),
+            (item.devmajor, item.devminor),
+            tuple(
+                (os.fsencode(key.removeprefix(prefix)), value.encode("utf-8", "surrogateescape"))
+                for key, value in item.pax_headers.items()
+                if key.startswith(prefix)
+            ),
+        )
+        out.put(pax.header(member))
+        if kind == pax.FILE:
+            _put_content(out, tar.extractfile(item), item.size)
     out.put(pax.end())
-    out.flush()
 
 
 def _nanoseconds(item: tarfile.TarInfo) -> int:

@@ -87,10 +87,10 @@ def _aim(to: bytes, first: pax.Member) -> tuple[bytes, bytes | None]:
 def place(name: bytes, top: bytes | None) -> list[bytes]:
     """Return the components of a member's path, its first one renamed to `top`; a top of `.` is the folder itself."""
     path = name.strip(b"/").split(b"/")
-    if path[0] == b"." and name != b"." and top is None:
-        path = path[1:]
     if path == [b"."]:
         return [] if top is None else [top]
+    if path[0] == b"." and top is None:
+        path = path[1:]
     renamed = path if top is None else [top, *path[1:]]
     if any(part in (b"", b".", b"..") or b"\0" in part for part in [*path[1:], *renamed]) or path[0] == b"..":
         raise JailmgrError("cp", f"{os.fsdecode(name)!r} leads out of its tree", "", "invalid")
