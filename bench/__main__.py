@@ -1,7 +1,7 @@
 """`python -m bench`: measure, print a table of medians, write bench/results/TIME.json, put everything back.
 
-`python -m bench tenants` and `python -m bench accounting` measure something else, and nothing of lxc's:
-bench/tenants.py, bench/accounting.py.
+`python -m bench tenants`, `python -m bench accounting` and `python -m bench cp` measure something else, and nothing of
+lxc's: bench/tenants.py, bench/accounting.py, bench/copying.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack
 
-from bench import accounting, report, tenants
+from bench import accounting, copying, report, tenants
 from bench.host import available, bounded, milliseconds, raised_limits
 from bench.lxc import Lxc, lxc
 from bench.ours import Ours, ours
@@ -34,6 +34,8 @@ def main() -> int:
         return tenants.main(sys.argv[2:])
     if sys.argv[1:2] == ["accounting"]:
         return accounting.main(sys.argv[2:])
+    if sys.argv[1:2] == ["cp"]:
+        return copying.main(sys.argv[2:])
     options = _options()
     if os.geteuid() != 0:
         print("Error: bench: it starts containers, so it must run as root\nHint: sudo script/bench", file=sys.stderr)

@@ -29,6 +29,10 @@ class Ours:
     def command(self, *argv: str, within: float = COMMAND_WITHIN) -> str:
         return run([COMMAND, *argv], self.environment, within)
 
+    def shell(self, line: str) -> str:
+        """Run a line of shell with this side's environment."""
+        return run(["/bin/sh", "-c", line], self.environment, COMMAND_WITHIN)
+
     def build(self) -> str:
         """Build the image; gives the directory of its root file system."""
         self.command("create", self.source, "built", within=BUILD_WITHIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import resource
 import shutil
@@ -9,17 +10,21 @@ import stat
 import sys
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable
-from typing import Annotated, Any, BinaryIO
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self
 
 import typer
 
 from jailmgr.cli.client import existing_engine
 from jailmgr.cli.command import command
-from jailmgr.cli.output import remark
 from jailmgr.cli.settings import Settings, name_of, split_name, wrong_usage
 from jailmgr.errors import JailmgrError
+
+if TYPE_CHECKING:
+    from jailmgr.runtime import archive, pax
 
 MEMORY = 1 << 30
 """Address space of `cp`, in bytes: a tar's header may claim any length, and is read whole."""
@@ -42,9 +47,11 @@ def cp(
 ) -> int:
     """Copy files and folders into or out of a jail.
 
-    As cp -a does, with owners, modes and times. One side is NAME:PATH; a path of the host with a colon in it is
-    written ./PATH. With - a file's content is read from stdin or written to stdout; a folder is written to stdout as
-    a tar, and a tar is unpacked into a PATH that ends in /.
+    As cp -a does, with owners, modes, times, ACLs and extended attributes. What can't be kept is named, and the exit
+    status is 1. Other file systems that are mounted below a folder of a jail are not copied. One side is NAME:PATH; a
+    path of the host with a colon in it is written ./PATH. With - a file's content is read from stdin or written to
+    stdout: an existing file keeps its owner and mode. A folder is written to stdout as a tar, and a tar is unpacked
+    into a PATH that ends in /.
     """
     outer, inner = split_side(settings, source), split_side(settings, target)
     if (outer is None) == (inner is None):
@@ -78,42 +85,56 @@ def copy_in(settings: Settings, source: str, target: Jailed) -> None:
     tenant, jail, path = target
     if source != "-" and not os.path.lexists(source):
         raise JailmgrError(f"cp {source}", "no such file or directory", "", "missing")
+    missed: list[str] = []
 
     def send(fd: int) -> None:
         if source == "-" and path.endswith("/"):
-            with os.fdopen(os.dup(fd), "wb") as stream:
-                shutil.copyfileobj(sys.stdin.buffer, stream, CHUNK)
+            _convert(fd)
         elif source == "-":
-            _tar_stdin(os.path.basename(path), fd)
+            _send_stdin(os.path.basename(path), fd)
         else:
-            plain = source.rstrip("/") or "/"
-            archive.write_tar(os.path.realpath(plain) if os.path.basename(plain) in (".", "..") else plain, fd)
+            missed.extend(archive.write_tree(source, fd, False))
 
     check_jail(settings, tenant, jail)
-    transfer(send, lambda end: copy.copy_in(settings.root, tenant, jail, path, end), BrokenPipeError)
+    with _reported(missed):
+        transfer(send, lambda end: copy.copy_in(settings.root, tenant, jail, path, end), BrokenPipeError)
 
 
 def copy_out(settings: Settings, source: Jailed, target: str) -> None:
     """Copy a path of a jail to the host, or to stdout."""
     from jailmgr.cli.unpack import unpack
-    from jailmgr.runtime import copy
+    from jailmgr.runtime import archive, copy, pax
 
     tenant, jail, path = source
+    missed: list[str] = []
 
     def take(fd: int) -> None:
-        with os.fdopen(os.dup(fd), "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            left_out = _to_stdout(tar) if target == "-" else unpack(tar, target)
-            shutil.copyfileobj(stream, _Nowhere())
-        for name in left_out:
-            remark(settings, f"left out, neither file, folder nor link: {name}")
+        archive.widen(fd)
+        reader = pax.Reader(fd)
+        missed.extend(_to_stdout(reader) if target == "-" else unpack(reader, target))
+        reader.drain()
 
     check_jail(settings, tenant, jail)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     try:
-        transfer(take, lambda end: copy.copy_out(settings.root, tenant, jail, path, end), tarfile.ReadError)
-    except (tarfile.TarError, MemoryError) as error:
-        why = f"what came out is not a tar that can be read ({str(error) or 'sizes beyond reason'})"
-        raise JailmgrError(f"cp {name_of(tenant, jail)}:{path}", why) from error
+        with _reported(missed):
+            transfer(take, lambda end: copy.copy_out(settings.root, tenant, jail, path, end), pax.BrokenStreamError)
+    except MemoryError as error:
+        raise JailmgrError(f"cp {name_of(tenant, jail)}:{path}", "the archive has sizes beyond reason") from error
+
+
+@contextmanager
+def _reported(missed: list[str]) -> Iterator[None]:
+    """Add what our side missed to the error of the jail's side."""
+    from jailmgr.runtime import archive
+
+    try:
+        yield
+    except JailmgrError as error:
+        if not missed:
+            raise
+        raise JailmgrError(error.what, "; ".join([error.why, *missed[:20]]), error.hint, error.code) from error
+    archive.complain(missed)
 
 
 def check_jail(settings: Settings, tenant: str, jail: str) -> None:
@@ -151,13 +172,10 @@ def transfer(
         raise failed[0]
 
 
-class _Nowhere:
-    def write(self, part: bytes) -> int:
-        return len(part)
+def _send_stdin(name: str, fd: int) -> None:
+    """Send stdin as one file; its length stands before it, so it is kept in a file until its end is known."""
+    from jailmgr.runtime import archive, pax
 
-
-def _tar_stdin(name: str, fd: int) -> None:
-    """Stdin as a tar of one file; its length stands before it, so it is kept in a file until its end is known."""
     with tempfile.SpooledTemporaryFile(max_size=1 << 20) as kept:
         source: BinaryIO | Any = sys.stdin.buffer
         status = os.fstat(source.fileno())
@@ -167,29 +185,110 @@ def _tar_stdin(name: str, fd: int) -> None:
             size = kept.tell()
             kept.seek(0)
             source = kept
-        with os.fdopen(os.dup(fd), "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
-            member = tarfile.TarInfo(name)
-            member.size, member.mode, member.mtime = size, 0o644, time.time()
-            tar.addfile(member, source)
-
-
-def _to_stdout(tar: tarfile.TarFile) -> list[str]:
-    """A single file's content, a folder as a tar."""
-    sys.stdout.flush()
-    out = sys.stdout.buffer
-    first = tar.next()
-    if first is None:
-        return []
-    if first.isreg():
-        content = tar.extractfile(first)
-        assert content is not None
-        shutil.copyfileobj(content, out, CHUNK)
+        out = archive.Writer(fd)
+        out.put(pax.header(pax.Member(os.fsencode(name), pax.FILE, size=size, content=True)))
+        _put_content(out, source, size)
+        out.put(pax.end())
         out.flush()
-        return []
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as copy:
-        member: tarfile.TarInfo | None = first
-        while member is not None:
-            copy.addfile(member, tar.extractfile(member) if member.isreg() else None)
-            member = tar.next()
+
+
+def _put_content(out: archive.Writer, source: BinaryIO | Any, size: int) -> None:
+    left = size
+    while left:
+        part = source.read(min(CHUNK, left))
+        if not part:
+            raise JailmgrError("cp", "stdin ended early")
+        out.put(part)
+        left -= len(part)
+    out.put(bytes(-size % 512))
+
+
+class _Whole(tarfile.TarInfo):
+    """A member of a tar that ends where it says: tarfile takes a later header that is cut off for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _convert(fd: int) -> None:
+    """Send a tar on stdin, of any kind that tarfile reads. JailmgrError where it can't be read to its end."""
+    from jailmgr.runtime import archive
+
+    out = archive.Writer(fd)
+    try:
+        with tarfile.open(fileobj=sys.stdin.buffer, mode="r|*", tarinfo=_Whole) as tar:
+            _convert_members(tar, out)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        why = f"what comes in is no tar that can be read to its end ({error})"
+        hint = "A target that ends in `/` takes a tar; name a file to write what comes in as it is."
+        raise JailmgrError("cp -", why, hint) from error
     out.flush()
+
+
+def _convert_members(tar: tarfile.TarFile, out: archive.Writer) -> None:
+    from jailmgr.runtime import pax
+
+    prefix = "SCHILY.xattr."
+    for item in tar:
+        kind = pax.FILE if item.isreg() else item.type
+        member = pax.Member(
+            os.fsencode("/".join(part for part in item.name.split("/") if part not in ("", ".")) or "."),
+            kind,
+            item.mode,
+            item.uid,
+            item.gid,
+            item.size if kind == pax.FILE else 0,
+            _nanoseconds(item),
+            None,
+            os.fsencode(item.linkname),
+            (item.devmajor, item.devminor),
+            tuple(
+                (os.fsencode(key.removeprefix(prefix)), value.encode("utf-8", "surrogateescape"))
+                for key, value in item.pax_headers.items()
+                if key.startswith(prefix)
+            ),
+        )
+        out.put(pax.header(member))
+        if kind == pax.FILE:
+            _put_content(out, tar.extractfile(item), item.size)
+    out.put(pax.end())
+
+
+def _nanoseconds(item: tarfile.TarInfo) -> int:
+    return int(Decimal(item.pax_headers.get("mtime", str(int(item.mtime)))) * 10**9)
+
+
+def _to_stdout(reader: pax.Reader) -> list[str]:
+    """Write a single file's content, or a folder as a tar; a tar that breaks off ends so that tar reports it."""
+    from jailmgr.runtime import archive, pax
+
+    sys.stdout.flush()
+    out = archive.Writer(sys.stdout.fileno())
+    member = reader.next()
+    if member is None:
+        return []
+    single = member.kind == pax.FILE
+    try:
+        while member is not None:
+            if not single:
+                out.put(pax.header(member))
+            while part := reader.read():
+                out.put(part)
+            if not single and member.kind == pax.FILE:
+                out.put(bytes(-member.size % pax.BLOCK))
+            member = reader.next()
+        if not single:
+            out.put(pax.end())
+    except BaseException:
+        if not single:
+            out.put(pax.broken_end())
+        raise
+    finally:
+        out.flush()
     return []

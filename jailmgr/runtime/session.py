@@ -307,7 +307,7 @@ class Session:
             if not path.startswith("/") or "\0" in path or len(fds) != 1:
                 raise ValueError("an absolute path and one pipe")
             _check_stdio(fds)
-            self._copy(body, path, fds, archive.write_tar if outward else archive.read_tar)
+            self._copy(body, path, fds, archive.send if outward else archive.receive)
             self._give_far(fds, far)
         finally:
             protocol.close_all(far)
