@@ -253,7 +253,11 @@ class Jail:
         self.kill_after(timeout)
 
     def _kill(self) -> None:
-        """SIGKILL of process 1 takes all of its pid namespace along (pid_namespaces(7))."""
+        """Kill process 1, which takes all of its pid namespace along (pid_namespaces(7)), and all of the jail's groups.
+
+        A tracer with PTRACE_O_TRACEEXIT (ptrace(2)) holds process 1 at its end, before the others are killed. Process 1
+        goes on once the tracer is gone.
+        """
         self.kill_timer = None
         if self.running:
             self.killed = True
@@ -264,6 +268,10 @@ class Jail:
                 return
             if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
                 cgroups.thaw(self.host.hierarchies, self.bundle.cgroup)  # v1's freezer holds even who is killed
+            try:
+                cgroups.send_kill(self.host.hierarchies, self.bundle.cgroup)
+            except JailmgrError as error:
+                self.log.note(f"only process 1 could be killed: {error}")
 
     def _outlives_kill(self, state: State | None) -> None:
         """Answer those who wait for its end: it may wait in the kernel for ever. It is watched on."""
