@@ -39,6 +39,7 @@ class Child:
         self._early: Exit | None = None
         """How the program ended, where that was before its pid was known here."""
         self._loop, self._reaper = session.supervisor.loop, session.supervisor.host.reaper
+        self._reaper.is_new(enterer)
         self._loop.watch(self._enterer, lambda _: self._entered())
         self._loop.watch(control.fileno(), self._control_ready)
 
@@ -115,6 +116,7 @@ class Child:
         except ProcessLookupError:
             self._early = self._reaper.collect(pid)
             return
+        self._reaper.is_new(pid)  # one that has a pidfd has not been reaped
         if not self._reaper.has(pid):
             os.close(pidfd)
             raise ChildProcessError(f"process {pid} is no child of the supervisor")

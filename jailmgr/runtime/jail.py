@@ -175,6 +175,7 @@ class Jail:
     def _prepare(self, restarts: int, pid: int) -> None:
         """What has to be in place before init begins, and can be done while it is being made."""
         hierarchies, bundle = self.host.hierarchies, self.bundle
+        self.host.reaper.is_new(pid)
         cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
         if bundle.oom_score_adj:
             spare(pid, bundle.oom_score_adj)
