@@ -24,7 +24,8 @@ SETS = {
     ("bridge", "macs"): "type ifname . ether_addr",
     ("bridge", "ipv4"): "type ifname . ipv4_addr",
     ("bridge", "ipv6"): "type ifname . ipv6_addr",
-    # Addresses a port may advertise (RFC 4861, 4.4): a field of ICMPv6 that has no name in nftables 1.0.6.
+    # Addresses a port may advertise, or ask for before it has them (RFC 4861, 4.3 and 4.4): a field of ICMPv6 that has
+    # no name in nftables 1.0.6.
     ("bridge", "targets"): "typeof iifname . @th,64,128",
 }
 
@@ -190,6 +191,7 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
     families = {"arp": "arp_from_jail", "ip": "ipv4_from_jail", "ip6": "ipv6_from_jail"}
     jumps = {"set": [[family, {"jump": {"target": chain}}] for family, chain in families.items()]}
     unspecified6 = _is(_payload("ip6", "saddr"), "::")
+    target = {"payload": {"base": "th", "offset": 64, "len": 128}}
     # Duplicate address detection, router solicitation and multicast listener reports come before there is an address.
     before_address = {
         "set": ["nd-neighbor-solicit", "nd-router-solicit", "mld-listener-report", "mld2-listener-report"]
@@ -222,6 +224,11 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("ipv4_from_jail", (_not_own(_payload("ip", "saddr"), "ipv4"), _DROP)),
         ("ipv4_from_jail", (_is(_payload("udp", "sport"), DHCP_SERVER), _DROP)),
         ("ipv4_from_jail", (_ACCEPT,)),
+        # A node gives up an address that another one asks for by duplicate address detection (RFC 4862, 5.4.3).
+        (
+            "ipv6_from_jail",
+            (unspecified6, _is(_payload("icmpv6", "type"), "nd-neighbor-solicit"), _not_own(target, "targets"), _DROP),
+        ),
         ("ipv6_from_jail", (unspecified6, _is(_payload("icmpv6", "type"), before_address), _ACCEPT)),
         ("ipv6_from_jail", (_not_own(_payload("ip6", "saddr"), "ipv6"), _DROP)),
         (
@@ -232,7 +239,7 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
             "ipv6_from_jail",
             (
                 _is(_payload("icmpv6", "type"), "nd-neighbor-advert"),
-                _not_own({"payload": {"base": "th", "offset": 64, "len": 128}}, "targets"),
+                _not_own(target, "targets"),
                 _DROP,
             ),
         ),

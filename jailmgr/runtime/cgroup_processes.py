@@ -156,6 +156,24 @@ def kill(h: Hierarchies, cgroup: str, timeout: float = 10.0) -> None:
             raise from_os(f"killing {cgroup}", error) from error
 
 
+def send_kill(h: Hierarchies, cgroup: str) -> None:
+    """Send SIGKILL to every process of the group, and wait for none. Fine if there is no group. Raises JailmgrError.
+
+    Without cgroup v2, a process that is forked meanwhile may be missed.
+    """
+    path = f"{h.unified}/{relative(cgroup)}"
+    try:
+        if h.unified and os.path.isdir(path):
+            write(f"{path}/cgroup.kill", "1")
+            return
+        pids = members(h, cgroup)
+        for start in range(0, len(pids), _BATCH):
+            _send_kill(h, cgroup, pids[start : start + _BATCH])
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise from_os(f"killing {cgroup}", error) from error
+
+
 def _kill_members(h: Hierarchies, cgroup: str, deadline: float) -> None:
     """Where there is no cgroup.kill. A fork bomb outruns a list, so v1's processes are frozen for it."""
     frozen = not h.unified and "freezer" in h.v1

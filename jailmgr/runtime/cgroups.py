@@ -40,6 +40,7 @@ from jailmgr.runtime.cgroup_processes import freeze as freeze
 from jailmgr.runtime.cgroup_processes import is_frozen as is_frozen
 from jailmgr.runtime.cgroup_processes import kill as kill
 from jailmgr.runtime.cgroup_processes import members as members
+from jailmgr.runtime.cgroup_processes import send_kill as send_kill
 from jailmgr.runtime.cgroup_processes import thaw as thaw
 from jailmgr.runtime.cgroup_processes import wait_event, wait_members
 

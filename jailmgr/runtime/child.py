@@ -36,9 +36,11 @@ class Child:
         self.pidfd, self._pid = -1, 0
         self.signalled = False
         self._failed: dict[str, Any] | None = None
+        self._finished = False
         self._early: Exit | None = None
         """How the program ended, where that was before its pid was known here."""
         self._loop, self._reaper = session.supervisor.loop, session.supervisor.host.reaper
+        self._reaper.is_new(enterer)
         self._loop.watch(self._enterer, lambda _: self._entered())
         self._loop.watch(control.fileno(), self._control_ready)
 
@@ -47,6 +49,7 @@ class Child:
         """A program that runs, begun by the release before (runtime/reexec.py)."""
         child = cls.__new__(cls)
         child._session, child._control, child._enterer, child._early = session, None, -1, None
+        child._finished = False
         child._loop, child._reaper = session.supervisor.loop, session.supervisor.host.reaper
         child.pidfd, child._pid, child.signalled, child._failed = pidfd, pid_of(pidfd), signalled, None
         child._loop.watch(pidfd, lambda _: child._ended())
@@ -115,6 +118,7 @@ class Child:
         except ProcessLookupError:
             self._early = self._reaper.collect(pid)
             return
+        self._reaper.is_new(pid)  # one that has a pidfd has not been reaped
         if not self._reaper.has(pid):
             os.close(pidfd)
             raise ChildProcessError(f"process {pid} is no child of the supervisor")
@@ -145,7 +149,12 @@ class Child:
         self._finish(how)
 
     def _finish(self, how: Exit | None) -> None:
-        """The last word: an error, else how the program ended; None where it was never begun."""
+        """The last word: an error, else how the program ended; None where it was never begun. Once: both ends of it,
+        the enterer's and the program's, may come in one round of events.
+        """
+        if self._finished:
+            return
+        self._finished = True
         if self._failed is not None:
             self._session.finish(self._failed)
         elif how is None:

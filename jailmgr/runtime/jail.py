@@ -180,6 +180,7 @@ class Jail:
     def _prepare(self, restarts: int, pid: int) -> None:
         """What has to be in place before init begins, and can be done while it is being made."""
         hierarchies, bundle = self.host.hierarchies, self.bundle
+        self.host.reaper.is_new(pid)
         cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
         if bundle.oom_score_adj:
             spare(pid, bundle.oom_score_adj)
@@ -258,7 +259,11 @@ class Jail:
         self.kill_after(timeout)
 
     def _kill(self) -> None:
-        """SIGKILL of process 1 takes all of its pid namespace along (pid_namespaces(7))."""
+        """Kill process 1, which takes all of its pid namespace along (pid_namespaces(7)), and all of the jail's groups.
+
+        A tracer with PTRACE_O_TRACEEXIT (ptrace(2)) holds process 1 at its end, before the others are killed. Process 1
+        goes on once the tracer is gone.
+        """
         self.kill_timer = None
         if self.running:
             self.killed = True
@@ -270,6 +275,10 @@ class Jail:
             if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
                 # v1's freezer holds even what is killed.
                 cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
+            try:
+                cgroups.send_kill(self.host.hierarchies, self.bundle.cgroup)
+            except JailmgrError as error:
+                self.log.note(f"only process 1 could be killed: {error}")
 
     def _outlives_kill(self, state: State | None) -> None:
         """Answer those who wait for its end: it may wait in the kernel for ever. It is watched on."""

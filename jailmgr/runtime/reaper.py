@@ -86,6 +86,13 @@ class Reaper:
             del self._held[pid]
             callback(None)
 
+    def is_new(self, pid: int) -> None:
+        """Forget how an earlier child with this pid ended: pids come again, and a guest's own children are kept, too.
+
+        Called while the new child cannot have been reaped yet.
+        """
+        self._exits.pop(pid, None)
+
     def has(self, pid: int) -> bool:
         """Whether it is a child of ours that nobody has collected."""
         if pid in self._exits:

@@ -6,6 +6,7 @@
  *   stops     the same, and stops itself again and again
  *   (nothing) as process 1: ignores all signals, and asks its parent to trace it
  *   hold      traces each process that comes by, and never lets go of one that has ended
+ *   last      traces process 1 up to its end, and is traced itself by a child
  *   cmdlines  prints the command line of each process that comes by, for three seconds
  */
 #define _GNU_SOURCE
@@ -92,6 +93,26 @@ int main(int argc, char **argv)
             if (proc)
                 closedir(proc);
         }
+    } else if (!strcmp(mode, "last")) {
+        if (ptrace(PTRACE_SEIZE, 1, 0, PTRACE_O_TRACEEXIT))
+            return 5;
+        int traced[2];
+        char byte;
+        if (pipe(traced))
+            return 6;
+        if (fork() == 0) {
+            if (ptrace(PTRACE_SEIZE, getppid(), 0, PTRACE_O_TRACEEXIT) == 0 && write(traced[1], "", 1) == 1)
+                for (;;)
+                    pause();
+            _exit(1);
+        }
+        close(traced[1]);
+        if (read(traced[0], &byte, 1) != 1)
+            return 7;
+        puts("made");
+        fflush(stdout);
+        for (;;)
+            pause();
     } else if (!strcmp(mode, "cmdlines")) {
         for (time_t end = time(0) + 3; time(0) < end;) {
             DIR *proc = opendir("/proc");

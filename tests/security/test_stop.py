@@ -58,9 +58,12 @@ def test_siblings_of_a_program_are_reaped(program: Guest) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop --force", "stop --timeout 1", "restart --force", "delete --force"])
-@pytest.mark.parametrize("mode", ["make 40", "live 40", "traced", "stops", "hold"])
+@pytest.mark.parametrize("mode", ["make 40", "live 40", "traced", "stops", "hold", "last"])
 def test_a_jail_with_siblings_or_tracees_ends_in_seconds(program: Guest, mode: str, how: str) -> None:
-    """Process 1 of a pid namespace ends once all others in it were reaped: by the supervisor, whoever made them."""
+    """Process 1 of a pid namespace ends once all others in it were reaped: by the supervisor, whoever made them.
+
+    A tracer of process 1 (`last`) is killed along with it: by the jail's cgroup.
+    """
     with _begin(program, *mode.split()):
         begin = time.monotonic()
         program.jm(*how.split(), program.jail, within=20)

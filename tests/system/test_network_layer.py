@@ -244,6 +244,12 @@ def spoofed(lan: Lan) -> dict[str, bytes]:
             world.ETH_P_IPV6,
             world.ipv6(own.ipv6, victim.ipv6, advert, world.neighbour_advertisement(gateway6, own.mac)),
         ),
+        "duplicate address detection for another's address": to_victim(
+            world.ETH_P_IPV6, world.ipv6("::", victim.ipv6, advert, _solicitation(victim.ipv6))
+        ),
+        "duplicate address detection for another's link-local address": to_victim(
+            world.ETH_P_IPV6, world.ipv6("::", victim.ipv6, advert, _solicitation(netlink.link_local(victim.mac)))
+        ),
         "ARP for the gateway": to_victim(world.ETH_P_ARP, world.arp(2, own.mac, gateway4, victim.ipv4)),
         "ARP with another MAC inside": to_victim(world.ETH_P_ARP, world.arp(2, stranger, own.ipv4, victim.ipv4)),
         "ARP answer of 0.0.0.0": to_victim(world.ETH_P_ARP, world.arp(2, own.mac, "0.0.0.0", victim.ipv4)),
@@ -257,6 +263,11 @@ def spoofed(lan: Lan) -> dict[str, bytes]:
     }
 
 
+def _solicitation(target: str) -> bytes:
+    """A neighbour solicitation (RFC 4861, 4.3)."""
+    return struct.pack("!BBHI", 135, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, target)
+
+
 def lawful(lan: Lan) -> dict[str, bytes]:
     """Frames of the same shapes that jail a may send to b."""
     own, victim = lan.a.nic, lan.b.nic
@@ -264,14 +275,16 @@ def lawful(lan: Lan) -> dict[str, bytes]:
     def to_victim(kind: int, body: bytes) -> bytes:
         return ethernet(victim.mac, own.mac, kind, body)
 
-    solicitation = struct.pack("!BBHI", 135, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, own.ipv6)
     advert = socket.IPPROTO_ICMPV6
     return {
         "IPv4": to_victim(world.ETH_P_IP, world.udp4(own.ipv4, victim.ipv4, b"x")),
         "IPv6": to_victim(world.ETH_P_IPV6, world.ipv6(own.ipv6, victim.ipv6, 59, b"")),
         "a question for DHCP": to_victim(world.ETH_P_IP, world.udp4("0.0.0.0", "255.255.255.255", b"x", (68, 67))),
         "duplicate address detection": to_victim(
-            world.ETH_P_IPV6, world.ipv6("::", "ff02::1:ff00:2", advert, solicitation)
+            world.ETH_P_IPV6, world.ipv6("::", "ff02::1:ff00:2", advert, _solicitation(own.ipv6))
+        ),
+        "duplicate address detection, link-local": to_victim(
+            world.ETH_P_IPV6, world.ipv6("::", "ff02::1:ff00:2", advert, _solicitation(netlink.link_local(own.mac)))
         ),
         "a neighbour advertisement of its own": to_victim(
             world.ETH_P_IPV6,
