@@ -205,10 +205,15 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("prerouting", (_DROP,)),
         ("input", (_is(_meta("iifname"), ours), link_local, _DROP)),
         ("arp_from_jail", (_not_own(_payload("arp", "saddr ether"), "macs"), _DROP)),
-        # An ARP probe (RFC 5227, 2.1.1) tells of no address.
+        # An ARP probe (RFC 5227, 2.1.1): its sender has no address yet, and a host that has the target's gives that up.
         (
             "arp_from_jail",
-            (_is(_payload("arp", "saddr ip"), "0.0.0.0"), _is(_payload("arp", "operation"), "request"), _ACCEPT),
+            (
+                _is(_payload("arp", "saddr ip"), "0.0.0.0"),
+                _is(_payload("arp", "operation"), "request"),
+                _is({"concat": [_meta("iifname"), _payload("arp", "daddr ip")]}, "@ipv4"),
+                _ACCEPT,
+            ),
         ),
         ("arp_from_jail", (_not_own(_payload("arp", "saddr ip"), "ipv4"), _DROP)),
         ("arp_from_jail", (_ACCEPT,)),

@@ -252,6 +252,7 @@ def spoofed(lan: Lan) -> dict[str, bytes]:
         ),
         "ARP for the gateway": to_victim(world.ETH_P_ARP, world.arp(2, own.mac, gateway4, victim.ipv4)),
         "ARP with another MAC inside": to_victim(world.ETH_P_ARP, world.arp(2, stranger, own.ipv4, victim.ipv4)),
+        "an ARP probe for another's address": to_victim(world.ETH_P_ARP, world.arp(1, own.mac, "0.0.0.0", victim.ipv4)),
         "ARP answer of 0.0.0.0": to_victim(world.ETH_P_ARP, world.arp(2, own.mac, "0.0.0.0", victim.ipv4)),
         "a VLAN tag": to_victim(world.ETH_P_8021Q, tag + good4),
         "a VLAN tag around another's address": to_victim(
@@ -291,7 +292,7 @@ def lawful(lan: Lan) -> dict[str, bytes]:
             world.ipv6(own.ipv6, victim.ipv6, advert, world.neighbour_advertisement(own.ipv6, own.mac)),
         ),
         "ARP": to_victim(world.ETH_P_ARP, world.arp(2, own.mac, own.ipv4, victim.ipv4)),
-        "an ARP probe": to_victim(world.ETH_P_ARP, world.arp(1, own.mac, "0.0.0.0", victim.ipv4)),
+        "an ARP probe": to_victim(world.ETH_P_ARP, world.arp(1, own.mac, "0.0.0.0", own.ipv4)),
     }
 
 
