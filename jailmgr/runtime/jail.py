@@ -12,27 +12,22 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, netlink, process, protocol, runs, spawn
+from jailmgr.runtime import cgroups, netlink, process, protocol, spawn
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
-from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.console import Console, Log, Watcher
 from jailmgr.runtime.ending import ending
 from jailmgr.runtime.host import Host
-from jailmgr.runtime.jsonfile import write_json
+from jailmgr.runtime.jail_notes import Notes
 from jailmgr.runtime.loop import Timer
 from jailmgr.runtime.notify import Notify
 from jailmgr.runtime.proc import start_time
 from jailmgr.runtime.reaper import Exit
 from jailmgr.runtime.state import (
-    LAST,
     State,
     Wait,
     remove_state,
-    remove_wait,
-    set_runs,
     write_state,
-    write_wait,
 )
 
 STUCK = "stuck"
@@ -59,6 +54,7 @@ class Jail:
         self.lib = lib
         self.bundle: Bundle = self._load()
         self.log = Log(lib)
+        self.notes = Notes(name, host.run, lib, self.log)
         self.state: State | None = None
         self.pidfd = -1
         self._netns = -1
@@ -121,7 +117,7 @@ class Jail:
                 self.start_later(self.restarts)
             else:
                 self._cancel_start()
-                self._note_wait(False)
+                self.notes.waits(None)
             self.host.changed(self)
             raise
 
@@ -150,7 +146,7 @@ class Jail:
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
         self.timed_out = False
         try:
-            make_groups(hierarchies, bundle)
+            spawn.make_groups(hierarchies, bundle)
         except BaseException:
             # Processes that are in the group are not this start's: what is empty goes, and nothing is killed.
             with suppress(JailmgrError):
@@ -172,8 +168,9 @@ class Jail:
             self.clear()
             raise
         self.pidfd = spawned.pidfd
-        self._note_wait(False)  # not before its state is written: an engine finds it up at any moment
-        self._note_runs(True)
+        self.notes.waits(None)  # not before its state is written: an engine finds it up at any moment
+        if not self.once:
+            self.notes.runs(True)
         self._watch(spawned.console, spawned.notify)
         self.host.changed(self)
 
@@ -183,7 +180,7 @@ class Jail:
         self.host.reaper.is_new(pid)
         cgroups.set_limits(hierarchies, bundle.cgroup, bundle.limits)
         if bundle.oom_score_adj:
-            spare(pid, bundle.oom_score_adj)
+            spawn.spare(pid, bundle.oom_score_adj)
         self.state = State(
             pid, start_time(pid) or 0, time(), restarts, False,
             cgroups.oom_kills(hierarchies, bundle.cgroup), bundle.cgroup, self.lib, self.host.boot_id, self.once,
@@ -347,7 +344,7 @@ class Jail:
         if not again:
             self._settle(told)
             return
-        self._note_last(told)
+        self.notes.last(told)
         if at_once:
             self._start_again()
 
@@ -361,7 +358,7 @@ class Jail:
         """Start again then, as the so-manieth time. A file tells the engine, and the next supervisor, of it."""
         self.restarts = restarts
         self.start_timer = self.host.loop.after(seconds, self._start_again)
-        self._note_wait(True)
+        self._note_wait()
 
     def _cancel_start(self) -> None:
         if self.start_timer is not None:
@@ -387,53 +384,25 @@ class Jail:
             self.log.note(f"could not be started again: {error}")
             ending = {"kind": "failed", "at": time(), "by": "host", "status": 0, "why": str(error)}
             if self.alive:
-                self._note_last(ending)
+                self.notes.last(ending)
             else:
                 self._settle(ending)
 
-    def _note_last(self, ending: dict[str, Any]) -> None:
-        """A full disk, or a directory that is gone, must not keep from those who wait that it ended."""
-        try:
-            write_json(f"{self.lib}/{LAST}", ending)
-        except OSError as error:
-            self.log.note(f"could not write down how it ended: {error}")
-
-    def _note_wait(self, on: bool) -> None:
-        """For the engine, and the next supervisor; as `_note_last`."""
-        try:
-            if on:
-                wait = Wait(self.lib, self.restarts, self.tries, self.host.boot_id)
-                write_wait(self.host.run, self.name, wait)
-            else:
-                remove_wait(self.host.run, self.name)
-        except OSError as error:
-            self.log.note(f"could not write down that it {'waits' if on else 'waits no more'}: {error}")
-
-    def _note_runs(self, on: bool) -> None:
-        """For the host's next boot; as `_note_last`, it is not worth a failure."""
-        if self.once:
-            return
-        try:
-            set_runs(self.lib, on)
-        except OSError as error:
-            self.log.note(f"could not write down that it {'runs' if on else 'has ended'}: {error}")
+    def _note_wait(self) -> None:
+        self.notes.waits(Wait(self.lib, self.restarts, self.tries, self.host.boot_id))
 
     def note_run(self, state: State, seen: bool) -> None:
-        """What the run that has ended has used, while its cgroup and interfaces are there; as `_note_last`."""
-        try:
-            if not state.once:
-                veths = [nic["veth"] for nic in self.bundle.nics]
-                runs.note_run(self.lib, runs.measure(self.host.hierarchies, state, veths, seen))
-        except (JailmgrError, OSError) as error:
-            self.log.note(f"could not write down what it has used: {error}")
+        """Write down what a run that has ended has used. `seen`: its end was watched."""
+        if not state.once:
+            self.notes.used(self.host.hierarchies, state, [nic["veth"] for nic in self.bundle.nics], seen)
 
     def _settle(self, ending: dict[str, Any]) -> None:
         """It has ended, and is not started again."""
         if self._visit is None:
-            self._note_last(ending)
-        self._note_wait(False)
-        if self.stopping != "host":
-            self._note_runs(False)
+            self.notes.last(ending)
+        self.notes.waits(None)
+        if self.stopping != "host" and not self.once:
+            self.notes.runs(False)
         waiting, self.waiters = self.waiters, []
         for waiter in waiting:
             waiter(ending)
@@ -477,24 +446,3 @@ class Jail:
         if self.console is None:
             raise JailmgrError(f"console of {self.name}", "there is none now", "", "conflict")
         self.console.add(Watcher(sock, typed))
-
-
-def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
-    """The jail's cgroups, below its tenant's, held to its devices: v1's rules deny all before they allow, and by then
-    process 1 may be opening its console.
-    """
-    root, tenant, _ = bundle.cgroup.split("/")
-    cgroups.tenant_group(hierarchies, root, tenant)
-    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
-    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
-
-
-def spare(pid: int, oom_score_adj: int) -> None:
-    """Have the kernel spare a process when memory runs out (proc_pid_oom_score_adj(5)): in vain on hosts whose root may
-    not, for lack of CAP_SYS_RESOURCE.
-    """
-    try:
-        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(str(oom_score_adj))
-    except (PermissionError, FileNotFoundError, ProcessLookupError):
-        return

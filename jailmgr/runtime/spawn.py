@@ -63,6 +63,27 @@ class Payload(NamedTuple):
     fds: list[int]
 
 
+def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
+    """The jail's cgroups, below its tenant's, held to its devices: v1's rules deny all before they allow, and by then
+    process 1 may be opening its console.
+    """
+    root, tenant, _ = bundle.cgroup.split("/")
+    cgroups.tenant_group(hierarchies, root, tenant)
+    cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
+    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+
+
+def spare(pid: int, oom_score_adj: int) -> None:
+    """Have the kernel spare a process when memory runs out (proc_pid_oom_score_adj(5)): in vain on hosts whose root may
+    not, for lack of CAP_SYS_RESOURCE.
+    """
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(oom_score_adj))
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return
+
+
 def spawn(
     bundle: Bundle,
     hierarchies: Hierarchies,
