@@ -170,7 +170,8 @@ def test_a_build_on_a_host_whose_mounts_are_shared(new_instance: Callable[[], In
     folder = Path(instance.root.etc, "templates", "steps")
     folder.mkdir(parents=True)
     step = '[[run]]\ncommand = ["/bin/sh", "-c", "mount -t tmpfs tmpfs /mnt"]\n'
-    (folder / "template.toml").write_text(f'description = "x"\nmethod = "busybox"\nreleases = ["one"]\n\n{step}')
+    head = 'description = "x"\nmethod = "busybox"\nreleases = ["one"]\n\n[init]\ncommand = ["/bin/sh"]\n\n'
+    (folder / "template.toml").write_text(head + step)
     run("mount", "--make-shared", instance.root.pool)
     instance("template", "build", "steps")
 
