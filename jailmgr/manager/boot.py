@@ -158,11 +158,13 @@ def _shut_down_tenant(
 
 def _replace_if_hung(root: Root, tenant: str) -> None:
     """Kill a supervisor that does not answer: its jails live on, and the next one, which adopts them, stops them."""
+    hung = supervisor_process(root, tenant)
+    if hung is None:
+        return
     try:
-        attach.connect(root, tenant).close()
+        attach.connect(root, tenant, start=False).close()
     except JailmgrError as error:
-        hung = supervisor_process(root, tenant)
-        pidfd = open_process(hung) if hung is not None and error.code == "unavailable" else None
+        pidfd = open_process(hung) if error.code == "unavailable" else None
         if pidfd is None:
             raise
         try:
