@@ -9,6 +9,7 @@ import msgspec
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os, full_name
+from jailmgr.manager import kept
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.strangers import Stranger, find_strangers
 from jailmgr.model import Jail
@@ -34,7 +35,7 @@ def adopt_all(root: Root) -> list[str]:
         for stranger in sorted(found, key=lambda one: -_written(root, one)):
             name = f"{stranger.tenant}/{stranger.name}"
             try:
-                _adopt(store, stranger, (stranger.tenant, stranger.name) in volumes)
+                _adopt(root, store, stranger, (stranger.tenant, stranger.name) in volumes)
             except JailmgrError as error:
                 lines.append(f"not adopted: {name}: {error.why}")
             else:
@@ -44,16 +45,26 @@ def adopt_all(root: Root) -> list[str]:
     return lines
 
 
-def _adopt(store: Store, stranger: Stranger, has_volume: bool) -> None:
+def _adopt(root: Root, store: Store, stranger: Stranger, has_volume: bool) -> None:
     name = f"jail {full_name(stranger.tenant, stranger.name)}"
-    kept = stranger.on_disk.kept
-    if kept is None:
+    found = stranger.on_disk.kept
+    if found is None:
         raise JailmgrError(name, f"its {CONFIG} is missing, damaged, or of a release before this one", "", "missing")
     if not has_volume:
         raise JailmgrError(name, "its volume is missing", "", "missing")
+    if owner := _owner_on_disk(root, store, found.jail.id):
+        raise JailmgrError(name, f"it has the id of {owner}: one of the two is a copy", "", "exists")
     # A rename that was cut off leaves the old name in the file; the directory has the new one.
-    jail: Jail = msgspec.structs.replace(kept.jail, name=stranger.name)
-    store.take_back(jail, kept.tenant, kept.networks, ports_of(jail))
+    jail: Jail = msgspec.structs.replace(found.jail, name=stranger.name)
+    store.take_back(jail, found.tenant, found.networks, ports_of(jail))
+
+
+def _owner_on_disk(root: Root, store: Store, ident: int) -> str:
+    """Full name of the store's jail with that id, where its config.json says so too; else empty."""
+    for jail in (row.jail for row in store.rows()):
+        if jail.id == ident and kept.read(root, jail.tenant, jail.name).id == ident:
+            return jail.full_name
+    return ""
 
 
 def _set_blank_aside(store: Store) -> list[str]:

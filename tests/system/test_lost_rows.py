@@ -279,3 +279,19 @@ def test_what_cannot_be_taken_back_is_named_and_stays(instance: Instance) -> Non
     config.write_text(whole)
     adopt(instance)
     unharmed(instance, "web", before)
+
+
+def test_a_copy_of_a_jail_does_not_take_its_place(instance: Instance) -> None:
+    """An admin's copy of a directory and a volume keeps the id, the address and the row of the first jail in it."""
+    root, before = instance.root, mark(instance, "old")
+    instance("engine", "stop")
+    shutil.copytree(root.jail_lib("default", "old"), root.jail_lib("default", "copy"))
+    os.mkdir(root.volume("default", "copy"))
+    try:
+        result = instance("doctor", "--fix", "--adopt", "--format", "json", status=1)
+        assert "not adopted: default/copy" in result.err
+        assert [row["name"] for row in instance.json("list")] == ["old"]
+        unharmed(instance, "old", before)
+    finally:
+        shutil.rmtree(root.jail_lib("default", "copy"))
+        os.rmdir(root.volume("default", "copy"))
