@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any
 
 import msgspec
@@ -71,11 +72,24 @@ def read(root: Root, tenant: str, name: str) -> OnDisk:
         config = msgspec.json.decode(read_bytes(f"{root.jail_lib(tenant, name)}/{CONFIG}"), type=_Config)
     except (OSError, msgspec.MsgspecError, UnicodeError):
         return OnDisk()
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeError):
+    with contextlib.suppress(msgspec.MsgspecError, ValueError):
         kept = msgspec.json.decode(config.annotations.store, type=Kept)
+        _check_addresses(kept)
         if kept.jail.tenant == tenant:
             return OnDisk(kept.jail.id, kept)
     return OnDisk(_id_of_veth(root, config.annotations.nics))
+
+
+def _check_addresses(kept: Kept) -> None:
+    """Raises ValueError where an address is none or a network is missing: the store would be refused with such a row.
+
+    As store.verify.
+    """
+    for ipv4, ipv6 in [(of.ipv4, of.ipv6) for of in kept.jail.nics] + [(of.ipv4, of.ipv6) for of in kept.networks]:
+        IPv4Interface(ipv4)
+        IPv6Interface(ipv6)
+    if missing := {nic.network for nic in kept.jail.nics} - {network.name for network in kept.networks}:
+        raise ValueError(f"no network {min(missing)}")
 
 
 def _id_of_veth(root: Root, nics: str) -> int | None:

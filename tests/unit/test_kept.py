@@ -10,10 +10,11 @@ import pytest
 
 from jailmgr.config import Root
 from jailmgr.manager.kept import ANNOTATION, Kept, OnDisk, read
-from jailmgr.model import Jail, Tenant
+from jailmgr.model import Jail, Network, Nic, Tenant
 
 JAIL = Jail(7, "acme", "web", "ab" * 32, "busybox", 1.0, {"limits.memory": "1GiB"}, {}, 1879113728)
 KEPT = Kept(JAIL, Tenant(3, "acme", 0.0, 1879048193), [])
+NETWORK = Network(4, "acme", "default", "10.77.0.1/24", "fd00::1/64")
 NICS = json.dumps([{"name": "eth0", "veth": "jmlocalv1f"}])
 
 
@@ -37,6 +38,18 @@ def test_the_row_that_is_kept(root: Root) -> None:
 
 @pytest.mark.parametrize("kept", ["", "{}", "[", msgspec.json.encode(KEPT).decode().replace("acme", "other")])
 def test_without_one_the_interface_says_whose_it_is(root: Root, kept: str) -> None:
+    _write(root, {"annotations": {ANNOTATION: kept, "org.jailmgr.nics": NICS}})
+    assert read(root, "acme", "web") == OnDisk(0x1F)
+
+
+@pytest.mark.parametrize(
+    ("ipv4", "networks"),
+    [("10.77.0.r", [NETWORK]), ("10.77.0.2", []), ("10.77.0.2", [msgspec.structs.replace(NETWORK, ipv6="fd00::g/64")])],
+    ids=["address", "network", "subnet"],
+)
+def test_a_damaged_one_says_whose_it_is_and_no_more(root: Root, ipv4: str, networks: list[Network]) -> None:
+    nic = Nic("eth0", "default", "jmlocalv7", "02:00:00:00:00:07", ipv4, "fd00::2")
+    kept = msgspec.json.encode(Kept(msgspec.structs.replace(JAIL, nics=[nic]), KEPT.tenant, networks)).decode()
     _write(root, {"annotations": {ANNOTATION: kept, "org.jailmgr.nics": NICS}})
     assert read(root, "acme", "web") == OnDisk(0x1F)
 
