@@ -136,8 +136,11 @@ def claim_subnet(root: Root, key: str, wanted: str | None = None) -> str:
         return mine[key]
 
 
-def claim_port(root: Root, key: str, address: str, port: int, protocol: str) -> None:
-    """A port of the host for `key`; an empty address stands for all. Raises JailmgrError (`conflict`)."""
+def claim_port(root: Root, key: str, address: str, port: int, protocol: str) -> bool:
+    """Claim a port of the host for `key`; return whether the claim is new. An empty address stands for all.
+
+    Raises JailmgrError (`conflict`).
+    """
     netns = os.stat("/proc/self/ns/net").st_ino
     with _claims() as claims:
         mine = _held(claims, root).port
@@ -151,7 +154,9 @@ def claim_port(root: Root, key: str, address: str, port: int, protocol: str) -> 
                         "Choose another port of the host; `jailmgr port list` shows those in use.",
                         "conflict",
                     )
+        new = mine.get(key) != (address, port, protocol, netns)
         mine[key] = (address, port, protocol, netns)
+        return new
 
 
 def release(root: Root, kind: str, key: str) -> None:

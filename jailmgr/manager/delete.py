@@ -55,11 +55,12 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
         networks.forget(m, jail)
     for name in names:
         cgroups.remove(m.hierarchies, cgroup_of(m.root, jail.tenant, name))
-        if is_made(m.root):
-            delete_volume(m.pool, jail.tenant, name, jail.id)
+        # Before the volume: reconcile takes a row in state `creating` with its config.json for a whole jail.
         lib = m.root.jail_lib(jail.tenant, name)
         if os.path.isdir(lib):
             shutil.rmtree(lib)
+        if is_made(m.root):
+            delete_volume(m.pool, jail.tenant, name, jail.id)
         remove_state(m.root.tenant_run(jail.tenant), name)
         remove_wait(m.root.tenant_run(jail.tenant), name)
     if jail.id not in {stranger.on_disk.id for stranger in m.strangers.values()}:

@@ -95,12 +95,11 @@ def up(m: Manager, jail: Jail) -> None:
     """Make the host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
 
     A jail that runs may have been started by an older release: its port gets what a new one is given. Where it fails,
-    the host ports that were claimed are given back, and no other's.
+    the host ports that this call claimed are given back, and no others: those of a jail that runs stay published.
     """
     with m.network_lock, ExitStack() as undo:
         for port in ports_of(jail):
-            _claim_port(m, port)
-            undo.callback(unpublish_port, m, jail, port)
+            _claim_port(m, jail, port, undo)
         shaped = shaping.up(m, jail)
         for nic in jail.nics:
             network = _of(m, jail, nic)
@@ -139,8 +138,7 @@ def unpublish(m: Manager, jail: Jail) -> None:
 def publish_port(m: Manager, jail: Jail, port: Port) -> None:
     """Lead a port of the host to a running jail. JailmgrError `conflict` where another jail or instance has it."""
     with ExitStack() as undo:
-        _claim_port(m, port)
-        undo.callback(unpublish_port, m, jail, port)
+        _claim_port(m, jail, port, undo)
         firewall.publish(m.root, port, jail.nics[0])
         undo.pop_all()
 
@@ -151,8 +149,10 @@ def unpublish_port(m: Manager, jail: Jail, port: Port) -> None:
     claims.release(m.root, "port", _port_key(port))
 
 
-def _claim_port(m: Manager, port: Port) -> None:
-    claims.claim_port(m.root, _port_key(port), port.host_address, port.host_port, port.protocol)
+def _claim_port(m: Manager, jail: Jail, port: Port, undo: ExitStack) -> None:
+    """Claim a port of the host; `undo` gets what takes a new claim back. JailmgrError `conflict`."""
+    if claims.claim_port(m.root, _port_key(port), port.host_address, port.host_port, port.protocol):
+        undo.callback(unpublish_port, m, jail, port)
 
 
 def _port_key(port: Port) -> str:

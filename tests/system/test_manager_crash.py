@@ -11,7 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from jailmgr import claims
 from jailmgr.config import Root, find_root
+from jailmgr.errors import JailmgrError
+from jailmgr.manager import networks
 from jailmgr.manager.create import create
 from jailmgr.manager.delete import delete
 from jailmgr.manager.host import Manager
@@ -19,9 +22,11 @@ from jailmgr.manager.leftovers import find_leftovers
 from jailmgr.manager.start import start
 from jailmgr.manager.stop import stop
 from jailmgr.manager.view import list_jails
+from jailmgr.model import Jail
 from jailmgr.store import READY
 from tests.system.instance import until
 from tests.system.netns import Netns
+from tests.unit.crash import killed_at
 
 ROUNDS = 15
 BUSY = """
@@ -79,3 +84,76 @@ def test_killed_at_any_moment(root: Root, seed: int) -> None:
             m.close()
         # A link goes with its jail's network namespace, which the kernel takes away when it comes to it.
         until(lambda: not find_leftovers(root), 10, "nothing is left")
+
+
+def test_a_creation_that_is_undone_is_killed_at_any_line(root: Root) -> None:
+    """The store can't take the last change, so the row stays in state `creating`, with its config.json."""
+
+    def refuse(jail: Jail, state: str, next_name: str | None = None) -> None:
+        raise JailmgrError("store", "no space left", "", "full")
+
+    def undone() -> None:
+        m = Manager(root)
+        m.open()
+        m.store.set_state = refuse  # type: ignore[method-assign]
+        with pytest.raises(JailmgrError):
+            create(m, "default", "web", "busybox", {}, {})
+        m.close()
+
+    m = Manager(root)
+    m.open()
+    delete(m, "default", create(m, "default", None, "busybox", {}, {}).name)
+    m.close()
+    line, killed, seen = 0, True, set()
+    while killed:
+        line += 1
+        killed = killed_at(line, ("manager/delete.py",), undone)
+        m = Manager(root)
+        m.open()
+        try:
+            views = list_jails(m)
+            seen.add(len(views))
+            for view in views:
+                start(m, "default", view.name)
+                delete(m, "default", view.name, force=True)
+        finally:
+            m.close()
+    assert seen == {0, 1}
+
+
+def test_what_fails_for_a_running_jail_leaves_its_ports(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that starts sets the network of each running jail up again; one that can't takes nothing away."""
+
+    def fail(*_: object) -> None:
+        raise JailmgrError("network default", "no DNS server")
+
+    proxy = {"type": "proxy", "listen": "tcp:0.0.0.0:7000", "connect": "tcp:127.0.0.1:80"}
+    m = Manager(root)
+    m.open()
+    try:
+        jail = create(m, "default", "web", "busybox", {}, {"web": proxy})
+        start(m, "default", "web")
+        monkeypatch.setattr("jailmgr.network.dns.ensure_dns", fail)
+        m.networks_up.clear()
+        with pytest.raises(JailmgrError):
+            networks.up(m, jail)
+        assert _published(root, 7000)
+        with pytest.raises(JailmgrError):
+            claims.claim_port(root, "another", "", 7000, "tcp")
+        stop(m, "default", "web", force=True)
+        m.networks_up.clear()
+        with pytest.raises(JailmgrError):
+            start(m, "default", "web")
+        assert not _published(root, 7000)
+        claims.claim_port(root, "another", "", 7000, "tcp")
+        claims.release(root, "port", "another")
+        delete(m, "default", "web")
+    finally:
+        m.close()
+
+
+def _published(root: Root, port: int) -> bool:
+    listed = subprocess.run(
+        ["nft", "list", "table", "inet", root.table], check=True, capture_output=True, text=True
+    ).stdout
+    return f"tcp . {port} : " in listed
