@@ -269,11 +269,11 @@ class Jail:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 return
-            if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
-                # v1's freezer holds even what is killed.
-                cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
             try:
                 cgroups.send_kill(self.host.hierarchies, self.bundle.cgroup)
+                if cgroups.is_frozen(self.host.hierarchies, self.bundle.cgroup):
+                    # v1's freezer holds even what is killed. Thawed first, a guest could fork away from the kill.
+                    cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
             except JailmgrError as error:
                 self.log.note(f"only process 1 could be killed: {error}")
 
