@@ -43,6 +43,8 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
         _check(m, old, new, up)
         with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)
+            if _nic(old) != _nic(new):
+                networks.leave(m, old)
             with m.store.transaction():
                 m.store.update(new)
                 m.store.set_ports(new, ports_of(new))
@@ -53,8 +55,7 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
             write = write_bundle if up else renew_kept
             undo.callback(write, m, old)
             write(m, new)
-            if runs:
-                _apply_ports(m, old, new, undo)
+            _apply_ports(m, old, new, runs, undo)
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
@@ -141,15 +142,17 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
         cgroups.set_limits(m.hierarchies, cgroup, cgroups.Limits(*after))
 
 
-def _apply_ports(m: Manager, old: Jail, new: Jail, undo: ExitStack) -> None:
+def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) -> None:
+    """Publish and unpublish what differs. A jail that has just ended may have its ports still: `follow` comes later."""
     before, after = ports_of(old), ports_of(new)
     with m.network_lock:
         for port in before:
             if port not in after:
-                undo.callback(networks.publish_port, m, old, port)
+                if runs:
+                    undo.callback(networks.publish_port, m, old, port)
                 networks.unpublish_port(m, old, port)
         for port in after:
-            if port not in before:
+            if runs and port not in before:
                 networks.publish_port(m, new, port)
                 undo.callback(networks.unpublish_port, m, new, port)
 

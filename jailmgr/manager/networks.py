@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from ipaddress import IPv4Interface
 
 from jailmgr import claims
@@ -16,9 +17,9 @@ from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.strangers import addresses_of_strangers, published_by_strangers
-from jailmgr.manager.view import NetworkView
+from jailmgr.manager.view import NetworkView, is_up
 from jailmgr.model import Jail, Network, Nic, Port, Tenant
-from jailmgr.network import addresses, bridge, dns, firewall
+from jailmgr.network import addresses, bridge, dns, firewall, flows
 from jailmgr.network.nft import NftError
 from jailmgr.runtime import netlink
 from jailmgr.runtime.state import read_state
@@ -129,14 +130,23 @@ def up(m: Manager, jail: Jail) -> None:
 
 
 def unpublish(m: Manager, jail: Jail) -> None:
-    """A jail that has ended: its host ports lead nowhere any more."""
+    """Lead the host ports of a jail that has ended nowhere. `follow` ends its flows, off the path of `stop`."""
     with m.network_lock:
         for port in ports_of(jail):
-            unpublish_port(m, jail, port)
+            firewall.unpublish(m.root, port, jail.nics[0])
+            claims.release(m.root, "port", _port_key(port))
 
 
 def publish_port(m: Manager, jail: Jail, port: Port) -> None:
-    """Lead a port of the host to a running jail. JailmgrError `conflict` where another jail or instance has it."""
+    """Lead a port of the host to a running jail, and the flows to this port too.
+
+    Raises JailmgrError, `conflict` where another jail or instance has the port.
+    """
+    _publish_rule(m, jail, port)
+    flows.publish([(port, jail.nics[0])], _subnets(m))
+
+
+def _publish_rule(m: Manager, jail: Jail, port: Port) -> None:
     with ExitStack() as undo:
         _claim_port(m, jail, port, undo)
         firewall.publish(m.root, port, jail.nics[0])
@@ -144,8 +154,9 @@ def publish_port(m: Manager, jail: Jail, port: Port) -> None:
 
 
 def unpublish_port(m: Manager, jail: Jail, port: Port) -> None:
-    """Take that back; fine where it wasn't done."""
+    """Take that back; fine where it wasn't done. Established TCP connections of a running jail stay."""
     firewall.unpublish(m.root, port, jail.nics[0])
+    flows.unpublish([(port, jail.nics[0])])
     claims.release(m.root, "port", _port_key(port))
 
 
@@ -168,25 +179,48 @@ def follow(m: Manager, tenant: str, name: str) -> None:
     runs = read_state(m.root, tenant, name) is not None
     if runs:
         shaping.follow(m, row.jail)
-    if not ports_of(row.jail):
-        return
-    with m.network_lock:
-        if not runs:
-            unpublish(m, row.jail)
-        else:
-            for port in ports_of(row.jail):
-                publish_port(m, row.jail, port)
+    if not runs:
+        unpublish(m, row.jail)
+        _end_flows(m, row.jail)
+    elif ports := ports_of(row.jail):
+        with m.network_lock:
+            for port in ports:
+                _publish_rule(m, row.jail, port)
+        # Outside of the lock: starts of other jails wait for it.
+        flows.publish([(port, row.jail.nics[0]) for port in ports], _subnets(m))
+
+
+def _end_flows(m: Manager, jail: Jail) -> None:
+    """End the flows of a jail's addresses, unless it runs again."""
+    flows.end(jail.nics, lambda: not is_up(m, jail))
+
+
+def _subnets(m: Manager) -> flows.Subnets:
+    return flows.Subnets([*m.store.networks(), *(network for network, _, _ in published_by_strangers(m))])
 
 
 def forget(m: Manager, jail: Jail) -> None:
-    """Take away a jail's elements in the rules, its name in DNS and its queues; fine where they never were there."""
+    """Take away all that `leave` does, a jail's name in DNS and its queues; fine where they never were there."""
     with m.network_lock:
         shaping.forget(m, jail)
+        leave(m, jail)
         for nic in jail.nics:
             network = m.store.find_network(jail.tenant, nic.network)
             if network is not None:
-                firewall.remove_jail(m.root, nic, ports_of(jail))
                 refresh_names(m, network)
+
+
+def leave(m: Manager, jail: Jail) -> None:
+    """Take away what belongs to a stopped jail's addresses, before another jail may get them. Idempotent.
+
+    That is their elements in the rules, their flows, and the host ports that lead to them. Raises JailmgrError.
+    """
+    with m.network_lock:
+        for nic in jail.nics:
+            firewall.remove_jail(m.root, nic, ports_of(jail))
+        for port in ports_of(jail):
+            claims.release(m.root, "port", _port_key(port))
+        _end_flows(m, jail)
 
 
 def refresh_names(m: Manager, network: Network) -> None:
@@ -224,6 +258,14 @@ def apply_firewall(m: Manager, also: Jail | None = None) -> None:
         },
     )
     firewall.apply_all(m.root, list(bridges.values()), ports, published, shaped, connections)
+    flows.settle(published, flows.Subnets(bridges.values()), partial(_addresses_in_use, m))
+
+
+def _addresses_in_use(m: Manager) -> set[str]:
+    """Return the addresses of jails that run or may run, and of those that the store does not know."""
+    nics = [nic for jail in m.store.jails() if is_up(m, jail) for nic in jail.nics]
+    nics += [nic for _, nic, _ in published_by_strangers(m)]
+    return {address for nic in nics for address in (nic.ipv4, nic.ipv6)} | addresses_of_strangers(m)
 
 
 def connections_of(jail: Jail) -> int:
@@ -272,6 +314,7 @@ def take_down(m: Manager) -> None:
             dns.stop_dns(m.root, network.id)
             bridge.remove_network(m.root, network)
         firewall.remove_all(m.root)
+        flows.settle([], _subnets(m), tuple)
         m.networks_up.clear()
 
 
@@ -281,6 +324,7 @@ def take_down_one(m: Manager, network: Network) -> None:
         dns.stop_dns(m.root, network.id)
         bridge.remove_network(m.root, network)
         firewall.remove_network(m.root, network)
+        flows.settle([], flows.Subnets([network]), tuple)
         m.networks_up.discard(network.id)
 
 
