@@ -168,8 +168,8 @@ def test_rules_made_anew_settle_what_nobody_saw(lan: Lan, version: str) -> None:
         udp(lan.b.netns, own(lan.b, version), 80) as b,
         udp(lan.c.netns, own(lan.c, version), 7001) as c,
     ):
-        for port, nic in ((kept, lan.a.nic), (gone, lan.b.nic)):
-            lan.host.run(firewall.publish, lan.root, port, nic)
+        publish(lan, kept, lan.a.nic)
+        publish(lan, gone, lan.b.nic)
         assert comes(a, client, (host, 8072))
         assert comes(b, client, (host, 8073))
         c.sendto(b"hello", (outside, 5002))
