@@ -30,7 +30,7 @@ RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH = 20, 22, 24,
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_STATS64 = 1, 3, 4, 10, 18, 23
 IFLA_AF_SPEC, IFLA_NET_NS_FD, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 26, 28, 31, 32
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, VETH_INFO_PEER = 1, 2, 4, 5, 1
-IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD = 8, 9
+IFLA_BRPORT_MODE, IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD = 4, 8, 9
 NDA_LLADDR, NUD_NOARP, NTF_MASTER, NTF_STICKY = 2, 0x40, 0x04, 0x40
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_F_NODAD, IFA_F_PERMANENT = 1, 2, 4, 0x02, 0x80
@@ -335,8 +335,12 @@ def _port_options(index: int, more: bytes = b"") -> bytes:
     Frames to 01:80:c2:00:00:0X meet no rule (br_handle_frame of net/bridge). The bridge learns from them, so a jail
     could take its neighbour's address or fill the host's memory with made-up ones. They also go up to the host by the
     port itself: ARP would make the host know neighbours. network/rules.py drops IP packets that come this way.
+
+    A frame may go back by the port it came from (`hairpin`): with br_netfilter on, the bridge itself turns a packet for
+    a published port to the jail, also that jail's own packet. The rules drop a multicast frame that would go back.
     """
-    options = attribute(IFLA_BRPORT_LEARNING, b"\0") + attribute(IFLA_BRPORT_UNICAST_FLOOD, b"\0")
+    options = attribute(IFLA_BRPORT_MODE, b"\1")
+    options += attribute(IFLA_BRPORT_LEARNING, b"\0") + attribute(IFLA_BRPORT_UNICAST_FLOOD, b"\0")
     kind = attribute(IFLA_INFO_SLAVE_KIND, b"bridge") + attribute(IFLA_INFO_SLAVE_DATA | NLA_F_NESTED, options)
     body = ifinfomsg(index, IFF_NOARP) + attribute(IFLA_LINKINFO | NLA_F_NESTED, kind) + more
     return message(RTM_NEWLINK, 0, body)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from jailmgr.manager.doctor.firewall import flows_check
 from jailmgr.model import Nic, Port
 from jailmgr.network import conntrack, firewall, flows
 from jailmgr.network.conntrack import Filter, Flow
@@ -320,9 +321,11 @@ def _dumped(wanted: Filter) -> list[Flow]:
 
 def test_a_kernel_without_ctnetlink(lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ports are published all the same. The kernel answers for a subsystem of nfnetlink that it does not have."""
-    assert lan.host.run(conntrack.is_there)
+    assert lan.host.run(flows_check).ok
     monkeypatch.setattr(conntrack, "NFNL_SUBSYS_CTNETLINK", 200)
-    assert not lan.host.run(conntrack.is_there)
+    named = lan.host.run(flows_check)
+    assert not named.ok
+    assert "nf_conntrack_netlink" in named.remedy
     with udp(lan.outside, OUTSIDE4, 5018) as client, udp(lan.a.netns, lan.a.nic.ipv4, 80) as a:
         publish(lan, port_of(lan.a, 8078), lan.a.nic)
         assert comes(a, client, (HOST4, 8078))
