@@ -43,15 +43,17 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
         _check(m, old, new, up)
         with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)
-            if _nic(old) != _nic(new):
+            moves = _nic(old) != _nic(new)
+            if moves:
                 networks.leave(m, old)
+                undo.callback(networks.refresh_names_of, m, old)
             with m.store.transaction():
                 m.store.update(new)
                 m.store.set_ports(new, ports_of(new))
                 admit(m, new, old)
-                if _nic(old) != _nic(new):
+                if moves:
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
-            undo.callback(_put_back, m, old)
+            undo.callback(_put_back, m, old, moves)
             write = write_bundle if up else renew_kept
             undo.callback(write, m, old)
             write(m, new)
@@ -59,6 +61,9 @@ def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
+            if moves:
+                undo.callback(networks.refresh_names_of, m, new)
+                networks.refresh_names_of(m, old, new)
             if networks.connections_of(old) != networks.connections_of(new):
                 undo.callback(networks.limit_connections, m, old)
                 networks.limit_connections(m, new)
@@ -157,10 +162,12 @@ def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) 
                 undo.callback(networks.unpublish_port, m, new, port)
 
 
-def _put_back(m: Manager, old: Jail) -> None:
+def _put_back(m: Manager, old: Jail, moved: bool) -> None:
     with m.store.transaction():
         m.store.update(old)
         m.store.set_ports(old, ports_of(old))
+        if moved:
+            networks.keep_nics(m, old)
 
 
 def rename(m: Manager, tenant: str, name: str, new: str) -> None:
@@ -209,7 +216,4 @@ def finish_rename(m: Manager, row: Row) -> None:
         replace_files(upper, render_files(m, old, image), render_files(m, new, image))
         write_bundle(m, new, stopped=True)
     m.store.set_name(old, name)
-    for nic in old.nics:
-        network = m.store.find_network(old.tenant, nic.network)
-        if network is not None:
-            networks.refresh_names(m, network)
+    networks.refresh_names_of(m, old)

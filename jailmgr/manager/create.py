@@ -154,9 +154,7 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     claim_uid(m, jail.tenant)
     write_bundle(m, jail, stopped=True)
     m.store.set_state(jail, READY)
-    for network in {nic.network for nic in jail.nics}:
-        if found := m.store.find_network(jail.tenant, network):
-            networks.refresh_names(m, found)
+    networks.refresh_names_of(m, jail)
     return jail
 
 

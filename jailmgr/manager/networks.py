@@ -92,6 +92,11 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
     return [nic]
 
 
+def keep_nics(m: Manager, jail: Jail) -> None:
+    """Give a jail the addresses in the store that this row of it has."""
+    m.store.set_nics(jail, [(_of(m, jail, nic), nic) for nic in jail.nics])
+
+
 def up(m: Manager, jail: Jail) -> None:
     """Make the host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
 
@@ -204,10 +209,7 @@ def forget(m: Manager, jail: Jail) -> None:
     with m.network_lock:
         shaping.forget(m, jail)
         leave(m, jail)
-        for nic in jail.nics:
-            network = m.store.find_network(jail.tenant, nic.network)
-            if network is not None:
-                refresh_names(m, network)
+        refresh_names_of(m, jail)
 
 
 def leave(m: Manager, jail: Jail) -> None:
@@ -228,6 +230,13 @@ def refresh_names(m: Manager, network: Network) -> None:
     with m.network_lock:
         if _is_up(m, network):
             dns.tell_dns(m.root, network, _names(m, network))
+
+
+def refresh_names_of(m: Manager, *jails: Jail) -> None:
+    """Do that for each network that these jails are in."""
+    for tenant, name in {(jail.tenant, nic.network) for jail in jails for nic in jail.nics}:
+        if (network := m.store.find_network(tenant, name)) is not None:
+            refresh_names(m, network)
 
 
 def apply_firewall(m: Manager, also: Jail | None = None) -> None:

@@ -73,8 +73,8 @@ def flows_check() -> Check:
     detail = (
         "flows of the host's connection table can be ended"
         if there
-        else "the kernel has no ctnetlink: a UDP client that keeps sending reaches a jail after `port unpublish`, and a "
-        "stranger's answers reach the next jail with the address"
+        else "the kernel has no ctnetlink: a UDP client that keeps sending reaches a jail after `port unpublish`, and "
+        "a stranger's answers reach the next jail with the address"
     )
     return check("connection flows", there, detail, "modprobe nf_conntrack_netlink", "warning")
 
