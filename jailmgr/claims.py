@@ -165,6 +165,14 @@ def release(root: Root, kind: str, key: str) -> None:
         getattr(_held(claims, root), kind).pop(key, None)
 
 
+def release_ports(root: Root, keep: Iterable[str]) -> None:
+    """Give back the claims of host ports of an instance, except those whose keys are in `keep`."""
+    kept = set(keep)
+    with _claims() as claims:
+        mine = _held(claims, root)
+        mine.port = {key: port for key, port in mine.port.items() if key in kept}
+
+
 def release_all(root: Root) -> None:
     """Gives back all that an instance has claimed; the last one takes the file away."""
     with _claims() as claims:

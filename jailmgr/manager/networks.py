@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from ipaddress import IPv4Interface
@@ -193,6 +193,18 @@ def follow(m: Manager, tenant: str, name: str) -> None:
                 _publish_rule(m, row.jail, port)
         # Outside of the lock: starts of other jails wait for it.
         flows.publish([(port, row.jail.nics[0]) for port in ports], _subnets(m))
+
+
+def settle(m: Manager, alive: Iterable[Jail]) -> None:
+    """Take back what jails have left that ended while no engine ran: claims of host ports, and rules for them.
+
+    `up` renews the rules where a jail is alive. Raises JailmgrError.
+    """
+    up = [*alive, *(jail for _, _, jail in published_by_strangers(m))]
+    claims.release_ports(m.root, [_port_key(port) for jail in up for port in ports_of(jail)])
+    if not up and any(name.startswith(m.root.link_prefix) for _, name in socket.if_nameindex()):
+        with m.network_lock:
+            apply_firewall(m)
 
 
 def _end_flows(m: Manager, jail: Jail) -> None:

@@ -54,6 +54,7 @@ def reconcile(m: Manager) -> None:
         if row.state != READY:
             attempt(f"jail {row.jail.full_name}, {row.state}", partial(_finish, m, row))
     alive = [jail for jail in m.store.jails() if is_up(m, jail)]
+    attempt("ports of jails that have ended", partial(networks.settle, m, alive))
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
         attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))

@@ -8,14 +8,19 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from jailmgr import claims
+from jailmgr.config import find_root
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime.state import read_state
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, kill, until
 from tests.system.lan import ETH_P_ALL, ETH_P_IP, ethernet, udp4
-from tests.system.netns import INSIDE, OUTSIDE, Netns, inside
+from tests.system.netns import INSIDE, OUTSIDE, Netns, inside, run
 from tests.system.traffic import WITHIN, bound, jail_netns
 
 UDP = socket.SOCK_DGRAM
@@ -72,11 +77,16 @@ def poweroff(jm: Instance, jail: str) -> None:
     jm("start", jail)
 
 
-def without_engine(jm: Instance, jail: str) -> None:
-    """The jail ends while no engine runs, and what was its is unpublished by the next one."""
+def end_without_engine(jm: Instance, jail: str) -> None:
+    """Power the jail off from inside, by its supervisor, while no engine runs."""
     kill(jm.engine_pid())
     jm.sh(jail, "poweroff -f", status=None)
-    until(lambda: jm.info(jail)["init_pid"] is None)
+    until(lambda: read_state(jm.root, "default", jail) is None)
+
+
+def without_engine(jm: Instance, jail: str) -> None:
+    """The jail ends while no engine runs, and what was its is unpublished by the next one."""
+    end_without_engine(jm, jail)
     unpublish(jm, jail)
     jm("start", jail)
 
@@ -106,16 +116,39 @@ def test_a_port_of_another_tenant_by_now(
             assert not all_come(again, clients)
 
 
-def test_a_deleted_jails_port(jm: Instance, netns: Netns, busybox_jail: MakeJail, other_tenant: str) -> None:
+@pytest.mark.parametrize("engine", [True, False], ids=["running", "ended without engine"])
+def test_a_deleted_jails_port(
+    jm: Instance, netns: Netns, busybox_jail: MakeJail, other_tenant: str, engine: bool
+) -> None:
     """Launched with the port, which is another's as soon as the jail has been deleted."""
     first = busybox_jail("-p", "8080:80/udp")
     with outsiders(netns, 5001) as clients:
         with listening(jm, first) as server:
             assert all_come(server, clients)
+            if not engine:
+                end_without_engine(jm, first)
             jm("delete", "--force", first)
         jm("launch", "busybox", f"{other_tenant}/second", "-p", "8080:80/udp")
         with listening(jm, f"{other_tenant}/second") as other:
             until(lambda: all_come(other, clients), 5)
+
+
+def test_the_next_engine_takes_back_the_port_of_a_jail_that_ended(
+    jm: Instance, busybox_jail: MakeJail, tmp_path: Path
+) -> None:
+    """With it, another instance of jailmgr on the host may publish the port."""
+    first = busybox_jail("-p", "8080:80/udp")
+    other = find_root(str(tmp_path))
+    try:
+        with pytest.raises(JailmgrError, match="8080"):
+            claims.claim_port(other, "another jail", "", 8080, "udp")
+        end_without_engine(jm, first)
+        jm("list")
+        claims.claim_port(other, "another jail", "", 8080, "udp")
+        for name in ("any_ipv4", "any_ipv6"):
+            assert "8080" not in run("nft", "list", "map", "inet", jm.root.table, name)
+    finally:
+        claims.release_all(other)
 
 
 def test_a_client_that_was_there_before_the_jail(jm: Instance, netns: Netns, busybox_jail: MakeJail) -> None:
@@ -160,9 +193,7 @@ def address_list(jm: Instance) -> dict[str, str]:
 
 
 def delete_without_engine(jm: Instance, jail: str) -> None:
-    kill(jm.engine_pid())
-    jm.sh(jail, "poweroff -f", status=None)
-    until(lambda: jm.info(jail)["init_pid"] is None)
+    end_without_engine(jm, jail)
     jm("delete", jail)
 
 

@@ -213,22 +213,24 @@ def test_an_established_connection_stays(lan: Lan, version: str) -> None:
             )
 
 
-def test_a_connection_tried_before_the_port_was_published_comes_about(lan: Lan, version: str) -> None:
-    """The host's firewall drops what it has no service for: the client's kernel tries again by the same ports."""
-    _, host = ends(lan, version)
-    port = port_of(lan.a, 8075, protocol="tcp")
-    rules = "add table inet strict; add chain inet strict in { type filter hook input priority 0; };"
-    lan.host.run(world.checked, ["nft", rules + "add rule inet strict in tcp dport 8075 drop"])
+def test_a_connection_that_is_not_established_follows_the_port(lan: Lan, version: str) -> None:
+    """The first jail answers nothing: the client's kernel tries again by the same ports, and reaches the next one."""
+    outside, host = ends(lan, version)
+    former, present = (port_of(jail, 8075, protocol="tcp") for jail in (lan.a, lan.c))
+    silent = "add table inet silent; add chain inet silent in { type filter hook input priority 0; policy drop; }"
+    lan.a.netns.run(world.checked, ["nft", silent])
+    publish(lan, former, lan.a.nic)
     try:
-        with lan.outside.socket(world.family_of(host)) as client, world.server(lan.a.netns, own(lan.a, version), 80):
+        with lan.outside.socket(world.family_of(host)) as client, world.server(lan.c.netns, own(lan.c, version), 80):
             client.setblocking(False)
-            assert client.connect_ex((host, 8075)) != 0
-            publish(lan, port, lan.a.nic)
+            client.connect_ex((host, 8075))
+            unpublish(lan, former, lan.a.nic)
+            publish(lan, present, lan.c.nic)
             client.settimeout(world.WAIT_S)
-            assert client.recv(100).decode() == ends(lan, version)[0]
+            assert client.recv(100).decode() == outside
     finally:
-        unpublish(lan, port, lan.a.nic)
-        lan.host.run(world.checked, ["nft", "delete table inet strict"])
+        unpublish(lan, present, lan.c.nic)
+        lan.a.netns.run(world.checked, ["nft", "delete table inet silent"])
 
 
 def _others(lan: Lan, version: str) -> dict[str, tuple[Netns, str, int, str]]:
