@@ -165,6 +165,12 @@ def release(root: Root, kind: str, key: str) -> None:
         getattr(_held(claims, root), kind).pop(key, None)
 
 
+def has_port(root: Root, key: str) -> bool:
+    """Return whether an instance claims a port of the host for `key`."""
+    with _claims() as claims:
+        return key in _held(claims, root).port
+
+
 def release_ports(root: Root, keep: Iterable[str]) -> None:
     """Give back the claims of host ports of an instance, except those whose keys are in `keep`."""
     kept = set(keep)

@@ -148,16 +148,16 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
 
 
 def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) -> None:
-    """Publish and unpublish what differs. A jail that has just ended may have its ports still: `follow` comes later."""
+    """Publish and unpublish what differs. A jail that has just ended may still have ports on the host."""
     before, after = ports_of(old), ports_of(new)
     with m.network_lock:
-        for port in before:
+        for port in before if runs else networks.ports_left(m, old):
             if port not in after:
                 if runs:
                     undo.callback(networks.publish_port, m, old, port)
                 networks.unpublish_port(m, old, port)
-        for port in after:
-            if runs and port not in before:
+        for port in after if runs else ():
+            if port not in before:
                 networks.publish_port(m, new, port)
                 undo.callback(networks.unpublish_port, m, new, port)
 

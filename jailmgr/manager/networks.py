@@ -179,20 +179,24 @@ def _port_key(port: Port) -> str:
 def follow(m: Manager, tenant: str, name: str) -> None:
     """Published ports of a jail that has just been started or has ended lead to it, or nowhere; so do its queues."""
     row = m.store.find_row(tenant, name)
-    if row is None:
-        return
-    runs = read_state(m.root, tenant, name) is not None
-    if runs:
+    if row is not None and read_state(m.root, tenant, name) is not None:
         shaping.follow(m, row.jail)
+    with m.network_lock:
+        # Once more: `configure` changes ports in the store first, and then under this lock.
+        row = m.store.find_row(tenant, name)
+        if row is None:
+            return
+        jail, ports = row.jail, ports_of(row.jail)
+        runs = read_state(m.root, tenant, name) is not None
+        if not runs:
+            unpublish(m, jail)
+        for port in ports if runs else ():
+            _publish_rule(m, jail, port)
+    # Outside of the lock: starts of other jails wait for it.
     if not runs:
-        unpublish(m, row.jail)
-        _end_flows(m, row.jail)
-    elif ports := ports_of(row.jail):
-        with m.network_lock:
-            for port in ports:
-                _publish_rule(m, row.jail, port)
-        # Outside of the lock: starts of other jails wait for it.
-        flows.publish([(port, row.jail.nics[0]) for port in ports], _subnets(m))
+        _end_flows(m, jail)
+    elif ports:
+        flows.publish([(port, jail.nics[0]) for port in ports], _subnets(m))
 
 
 def settle(m: Manager, alive: Iterable[Jail]) -> None:
@@ -230,11 +234,17 @@ def leave(m: Manager, jail: Jail) -> None:
     That is their elements in the rules, their flows, and the host ports that lead to them. Raises JailmgrError.
     """
     with m.network_lock:
+        ports = ports_left(m, jail)
         for nic in jail.nics:
-            firewall.remove_jail(m.root, nic, ports_of(jail))
-        for port in ports_of(jail):
+            firewall.remove_jail(m.root, nic, ports)
+        for port in ports:
             claims.release(m.root, "port", _port_key(port))
         _end_flows(m, jail)
+
+
+def ports_left(m: Manager, jail: Jail) -> list[Port]:
+    """Return the ports that a stopped jail still has on the host: `follow` may come later. Others may be another's."""
+    return [port for port in ports_of(jail) if claims.has_port(m.root, _port_key(port))]
 
 
 def refresh_names(m: Manager, network: Network) -> None:
