@@ -80,14 +80,7 @@ class Filter(NamedTuple):
 
 def is_there() -> bool:
     """Return whether the kernel has ctnetlink, loaded or as a module that it loads. Raises JailmgrError."""
-    try:
-        with NetlinkSocket(NETLINK_NETFILTER) as here:
-            here.ask(_message(IPCTNL_MSG_CT_GET_STATS))
-    except OSError as error:
-        if error.errno in ABSENT:
-            return False
-        raise from_os("connection table", error) from error
-    return True
+    return _dump([_message(IPCTNL_MSG_CT_GET_STATS)]) is not None
 
 
 def find(filters: Sequence[Filter]) -> list[Flow]:
@@ -99,21 +92,26 @@ def find(filters: Sequence[Filter]) -> list[Flow]:
     if count == 0:
         return []
     asked = [_message(IPCTNL_MSG_CT_GET, NLM_F_DUMP, each.family, _filter(each)) for each in filters]
+    whole = [_message(IPCTNL_MSG_CT_GET, NLM_F_DUMP)]
     if count is not None and count <= FEW * (len(filters) - 1):
-        asked = [_message(IPCTNL_MSG_CT_GET, NLM_F_DUMP)]
-    found: dict[bytes, Flow] = {}
+        asked = whole
+    replies = _dump(asked)
+    if replies is None:
+        # The kernel may lack a filter only.
+        replies = _dump(whole) or []
+    flows = [flow for flow in map(_flow, replies) if flow and any(_selects(each, flow) for each in filters)]
+    return [*{flow.ident: flow for flow in flows}.values()]
+
+
+def _dump(messages: Sequence[bytes]) -> list[bytes] | None:
+    """Return the answers to these messages; None where the kernel does not know them."""
     try:
         with NetlinkSocket(NETLINK_NETFILTER) as here:
-            for dump in asked:
-                for reply in here.ask(dump):
-                    flow = _flow(reply)
-                    if flow is not None and any(_selects(each, flow) for each in filters):
-                        found[flow.ident] = flow
+            return [reply for each in messages for reply in here.ask(each)]
     except OSError as error:
         if error.errno in ABSENT:
-            return []
+            return None
         raise from_os("connection table", error) from error
-    return [*found.values()]
 
 
 def delete(flows: Sequence[Flow]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
+from jailmgr.errors import from_os
 from jailmgr.model import Network, Nic, Port
 from jailmgr.network import conntrack
 from jailmgr.network.conntrack import IPS_DST_NAT, IPS_SRC_NAT, PROTOCOLS, Filter, Flow, family_of
@@ -37,9 +38,8 @@ class _Way(NamedTuple):
         return Filter(family, destination=self.host, protocol=self.protocol, port=self.port)
 
     def is_for(self, flow: Flow) -> bool:
-        return (
-            (self.protocol, self.port, len(self.leads_to)) == (flow.protocol, flow.port, len(flow.leads_to))
-        ) and self.host in (b"", flow.destination)
+        same = (self.protocol, self.port, len(self.leads_to)) == (flow.protocol, flow.port, len(flow.leads_to))
+        return same and self.host in (b"", flow.destination)
 
 
 class Subnets:
@@ -142,13 +142,16 @@ def _astray(found: Sequence[Flow], ways: Sequence[_Way], subnets: Subnets) -> li
                 astray.append(flow)
         elif fit and not (flow.port == DNS and flow.destination in subnets.bridges):
             own = _own_addresses() if own is None else own
-            if flow.destination in own or flow.destination[:1] == b"\x7f":
+            if flow.destination in own or (flow.destination[0] == 127 and len(flow.destination) == 4):
                 astray.append(flow)
     return astray
 
 
 def _own_addresses() -> set[bytes]:
-    return set(map(_packed, netlink.own_addresses()))
+    try:
+        return set(map(_packed, netlink.own_addresses()))
+    except OSError as error:
+        raise from_os("addresses of the host", error) from error
 
 
 def _packed(address: str) -> bytes:

@@ -320,6 +320,21 @@ def _dumped(wanted: Filter) -> list[Flow]:
         return [flow for reply in here.ask(dump) if (flow := conntrack._flow(reply)) is not None]
 
 
+def test_a_kernel_without_a_filter(lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses this one, which asks for a field of a tuple that is not there (EINVAL)."""
+    asked = netlink.attribute(conntrack.CTA_FILTER_ORIG_FLAGS, b"\1\0\0\0")
+    monkeypatch.setattr(conntrack, "_filter", lambda _: netlink.attribute(conntrack.CTA_FILTER | 0x8000, asked))
+    monkeypatch.setattr(conntrack, "FEW", 0)
+    with pytest.raises(OSError, match="Invalid argument"):
+        lan.host.run(_dumped, Filter(socket.AF_INET))
+    with udp(lan.outside, OUTSIDE4, 5019) as client, udp(lan.a.netns, lan.a.nic.ipv4, 80) as a:
+        client.sendto(b"x", (HOST4, 8079))
+        publish(lan, port_of(lan.a, 8079), lan.a.nic)
+        assert comes(a, client, (HOST4, 8079))
+        unpublish(lan, port_of(lan.a, 8079), lan.a.nic)
+        assert not comes(a, client, (HOST4, 8079))
+
+
 def test_a_kernel_without_ctnetlink(lan: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ports are published all the same. The kernel answers for a subsystem of nfnetlink that it does not have."""
     assert lan.host.run(flows_check).ok
