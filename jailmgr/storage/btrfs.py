@@ -246,20 +246,26 @@ def open_subvolume(fd: int, subvolume: int) -> int:
 
     Raises OSError: FileNotFoundError where there is none.
     """
+    return open_directory(fd, subvolume, ROOT_INODE)
+
+
+def open_directory(fd: int, subvolume: int, inode: int) -> int:
+    """Return an fd of a directory of a subvolume by its inode number, as `open_subvolume` does."""
     content = ctypes.sizeof(_FileHandle) - 8
-    handle = _FileHandle(content, _FILEID_BTRFS_WITHOUT_PARENT, ROOT_INODE, subvolume, _generation(fd, subvolume))
+    generation = _generation(fd, subvolume, inode)
+    handle = _FileHandle(content, _FILEID_BTRFS_WITHOUT_PARENT, inode, subvolume, generation)
     opened = _libc.open_by_handle_at(fd, ctypes.byref(handle), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if opened < 0:
         error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), f"subvolume {subvolume}")
+        raise OSError(error, os.strerror(error), f"inode {inode} of subvolume {subvolume}")
     return int(opened)
 
 
-def _generation(fd: int, subvolume: int) -> int:
-    """Of a subvolume's root directory, as its handle has it: Linux 6.1 knows it by no other."""
-    found = _items(fd, subvolume, ROOT_INODE, _INODE_ITEM_KEY)
+def _generation(fd: int, subvolume: int, inode: int) -> int:
+    """Return an inode's generation, which is part of its handle: Linux 6.1 opens no directory without it."""
+    found = _items(fd, subvolume, inode, _INODE_ITEM_KEY)
     if not found:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"subvolume {subvolume}")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"inode {inode} of subvolume {subvolume}")
     return int(_GENERATION.unpack_from(found[0][1])[0])
 
 

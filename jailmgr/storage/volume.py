@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError, from_os
@@ -25,9 +25,12 @@ def kind_of(pool: Pool) -> VolumeKind:
     return _KINDS[pool.mode]
 
 
-def create_volume(pool: Pool, tenant: str, tenant_id: int, jail: str, jail_id: int, size: int | None) -> str:
+def create_volume(
+    pool: Pool, tenant: str, tenant_id: int, jail: str, jail_id: int, size: int | None, layers: Sequence[str] = ()
+) -> str:
     """An empty volume, limited to `size` bytes together with all that is ever counted as the jail's; its path.
 
+    `layers` are the root directories that the jail sees below it: no inode number of theirs is ever one of the volume.
     In it are `upper` (the root directory of the jail's layer: 0755, 0:0) and `work`, as mount(8) has them for overlay.
     Raises JailmgrError `exists`, `full`; nothing is left of one that failed.
     """
@@ -36,8 +39,25 @@ def create_volume(pool: Pool, tenant: str, tenant_id: int, jail: str, jail_id: i
     if os.path.lexists(path):
         raise JailmgrError(what, "there is one already", "", "exists")
     with _told(what):
-        kind_of(pool).create_volume(pool, path, tenant_id, jail_id, size)
+        kind_of(pool).create_volume(pool, path, tenant_id, jail_id, size, layers)
     return path
+
+
+def keep_ready(pool: Pool, layers: Sequence[str]) -> None:
+    """Make ahead what takes long of the next volumes over these layers. JailmgrError `full`."""
+    with _told("volumes made ahead"):
+        kind_of(pool).keep_ready(pool, layers)
+
+
+def half_made(pool: Pool) -> list[str]:
+    """Names of what was being made ahead as a crash came, for `discard_half_made` to delete."""
+    return [os.path.basename(path) for path in kind_of(pool).half_made(pool)]
+
+
+def discard_half_made(pool: Pool) -> None:
+    """Delete what was being made ahead as a crash came. JailmgrError."""
+    with _told("what was half made"):
+        kind_of(pool).discard_half_made(pool)
 
 
 def delete_volume(pool: Pool, tenant: str, jail: str, jail_id: int | None) -> None:
