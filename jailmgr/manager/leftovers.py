@@ -225,7 +225,7 @@ def _half_done(root: Root) -> Iterator[Leftover]:
     for name in list_builds(pool):
         yield Leftover(f"build {name}, which was cut off")
     for name in half_made(pool):
-        yield Leftover(f"{name} in the pool, which was made ahead and cut off")
+        yield Leftover(f"{name} in the pool, which was cut off as it was made")
     for name in half_deleted(pool):
         yield Leftover(f"trash {name} in the pool, whose deletion was cut off")
 

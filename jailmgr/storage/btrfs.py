@@ -241,6 +241,20 @@ def subvolume_id(fd: int) -> int:
     return int(args.treeid)
 
 
+def subvolume_at(path: str) -> int | None:
+    """Return the id of the subvolume whose root directory lies at `path`; None without one.
+
+    Raises OSError EINVAL for any other directory: the subvolume that it lies in is not the one that is meant.
+    """
+    try:
+        with directory(path) as fd:
+            if os.fstat(fd).st_ino != ROOT_INODE:
+                raise OSError(errno.EINVAL, "not a subvolume", path)
+            return subvolume_id(fd)
+    except FileNotFoundError:
+        return None
+
+
 def open_subvolume(fd: int, subvolume: int) -> int:
     """An fd of a subvolume's root directory by its id: no path is walked, whoever made what lies on it.
 
@@ -285,8 +299,11 @@ def subvolumes_from(fd: int, subvolume: int) -> list[int]:
 def destroy_subvolume(fd: int, subvolume: int) -> None:
     """Delete a subvolume and all that are nested in it, deepest first; one that is gone is fine.
 
-    It is out of sight at once; its space comes back as the kernel's cleaner gets to it.
+    It is out of sight at once; its space comes back as the kernel's cleaner gets to it. OSError EINVAL for the file
+    system's own, in which all others are nested.
     """
+    if subvolume < ROOT_INODE:
+        raise OSError(errno.EINVAL, "not a subvolume that can be deleted", str(subvolume))
     found = subvolumes_from(fd, subvolume)
     for each in found if len(found) > 1 else ():
         # Nothing can be deleted from one that is read-only.
@@ -364,6 +381,12 @@ def assign_group(fd: int, member: int, parent: int) -> None:
     """Make a group a member of one of a higher level; fine where it is."""
     args = _QgroupAssignArgs(1, member, parent)
     _ioctl(fd, QGROUP_ASSIGN, args, f"QGROUP_ASSIGN {told(member)} {told(parent)}", fine=errno.EEXIST)
+
+
+def release_group(fd: int, member: int, parent: int) -> None:
+    """Take a group out of one of a higher level; fine where it isn't in it."""
+    args = _QgroupAssignArgs(0, member, parent)
+    _ioctl(fd, QGROUP_ASSIGN, args, f"QGROUP_REMOVE {told(member)} {told(parent)}", fine=errno.ENOENT)
 
 
 def limit_group(fd: int, group_id: int, size: int | None) -> None:

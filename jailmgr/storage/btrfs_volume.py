@@ -10,11 +10,11 @@ import errno
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
-from jailmgr.storage import btrfs, btrfs_seeds
+from jailmgr.storage import btrfs, btrfs_renumber, btrfs_seeds
 from jailmgr.storage.kind import Pool
 
 JAIL_LEVEL, TENANT_LEVEL = 1, 2
@@ -58,21 +58,33 @@ def drop_unneeded(pool: Pool, layers: Sequence[str]) -> None:
         delete_tree(pool, path)
 
 
+def overlaps(pool: Pool, path: str, layers: Sequence[str]) -> bool:
+    """As VolumeKind."""
+    return btrfs_renumber.overlaps(path, layers)
+
+
+def renumber(pool: Pool, path: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]) -> None:
+    """As VolumeKind: a snapshot with new numbers takes the volume's place."""
+    btrfs_renumber.renumber(pool, path, btrfs.group(JAIL_LEVEL, jail_id), layers, in_use)
+
+
 def half_made(pool: Pool) -> list[str]:
-    """As VolumeKind: seeds."""
-    return btrfs_seeds.half_made(pool)
+    """As VolumeKind: seeds, and volumes that were being renumbered."""
+    return [*btrfs_seeds.half_made(pool), *btrfs_renumber.marks(pool)]
 
 
 def discard_half_made(pool: Pool) -> None:
     """As VolumeKind."""
-    for path in half_made(pool):
+    for path in btrfs_seeds.half_made(pool):
         delete_tree(pool, path)
+    for mark in btrfs_renumber.marks(pool):
+        btrfs_renumber.give_up(pool, mark)
 
 
 def delete_volume(pool: Pool, path: str, jail_id: int | None) -> None:
     """As VolumeKind. The group goes once the kernel has freed the space, in this or a later call of `reap`."""
     with btrfs.directory(pool.path) as top:
-        subvolume = _subvolume(path)
+        subvolume = btrfs.subvolume_at(path)
         given_up = set() if jail_id is None else {btrfs.group(JAIL_LEVEL, jail_id)}
         if subvolume is not None:
             given_up.update(btrfs.parents(top, subvolume))
@@ -161,7 +173,7 @@ def settle_image(pool: Pool, image: str) -> None:
 
 def delete_tree(pool: Pool, path: str) -> None:
     """As VolumeKind: the subvolume at `path` and those nested in it, with their own groups."""
-    subvolume = _subvolume(path)
+    subvolume = btrfs.subvolume_at(path)
     if subvolume is not None:
         with btrfs.directory(pool.path) as top:
             # Older kernels (6.1) leave a classic group behind where its subvolume goes.
@@ -227,17 +239,6 @@ def _mark_if_room(pool: Pool, group: int) -> bool:
             raise
         return False
     return True
-
-
-def _subvolume(path: str) -> int | None:
-    """The id of the subvolume at `path`; None where there is nothing."""
-    try:
-        with btrfs.directory(path) as fd:
-            if os.fstat(fd).st_ino != btrfs.ROOT_INODE:
-                raise OSError(errno.EINVAL, "not a subvolume", path)
-            return btrfs.subvolume_id(fd)
-    except FileNotFoundError:
-        return None
 
 
 def _make_directory(path: str, mode: int) -> None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -67,6 +67,12 @@ class VolumeKind(Protocol):
 
         No inode in it ever has the number of one in `layers`, the directories that it will lie over.
         """
+
+    def overlaps(self, pool: Pool, path: str, layers: Sequence[str]) -> bool:
+        """Whether an inode of a volume may have the number of one in `layers`: those of earlier releases have such."""
+
+    def renumber(self, pool: Pool, path: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]) -> None:
+        """Give new numbers to such a volume. JailmgrError `conflict` where it is in use."""
 
     def keep_ready(self, pool: Pool, layers: Sequence[str]) -> None:
         """Make ahead what the next volumes over these layers are made from."""

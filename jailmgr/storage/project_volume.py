@@ -13,7 +13,7 @@ import os
 import random
 import secrets
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
@@ -52,6 +52,15 @@ def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int
             os.mkdir(name, mode, dir_fd=fd)
             os.chmod(name, mode, dir_fd=fd)
         undo.pop_all()
+
+
+def overlaps(pool: Pool, path: str, layers: Sequence[str]) -> bool:
+    """As VolumeKind: never, in one file system."""
+    return False
+
+
+def renumber(pool: Pool, path: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]) -> None:
+    """As VolumeKind: nothing has to be."""
 
 
 def keep_ready(pool: Pool, layers: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError, from_os
@@ -49,13 +49,31 @@ def keep_ready(pool: Pool, layers: Sequence[str]) -> None:
         kind_of(pool).keep_ready(pool, layers)
 
 
+def overlaps(pool: Pool, tenant: str, jail: str, layers: Sequence[str]) -> bool:
+    """Report whether a volume may have inode numbers of the layers below it. JailmgrError `missing`."""
+    with _told(f"volume of {tenant}/{jail}"):
+        return kind_of(pool).overlaps(pool, _volume(pool, tenant, jail), layers)
+
+
+def renumber(
+    pool: Pool, tenant: str, jail: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]
+) -> None:
+    """Give new inode numbers to a volume that `overlaps`, all at once or not at all, whatever its limit.
+
+    No process may have it mounted: `in_use` is asked once nothing can be written to it any more. Raises JailmgrError
+    `conflict` if it is in use, `full` if the pool is.
+    """
+    with _told(f"inode numbers of {tenant}/{jail}"):
+        kind_of(pool).renumber(pool, _volume(pool, tenant, jail), jail_id, layers, in_use)
+
+
 def half_made(pool: Pool) -> list[str]:
-    """Names of what was being made ahead as a crash came, for `discard_half_made` to delete."""
+    """Names of what was being made, ahead or with new inode numbers, as a crash came: for `discard_half_made`."""
     return [os.path.basename(path) for path in kind_of(pool).half_made(pool)]
 
 
 def discard_half_made(pool: Pool) -> None:
-    """Delete what was being made ahead as a crash came. JailmgrError."""
+    """Delete what was being made as a crash came. JailmgrError."""
     with _told("what was half made"):
         kind_of(pool).discard_half_made(pool)
 
@@ -165,9 +183,10 @@ def delete_build(pool: Pool, name: str) -> None:
 
 
 def list_volumes(pool: Pool) -> list[tuple[str, str]]:
-    """Tenant and jail of each volume there is, half-made ones too."""
+    """Tenant and jail of each volume there is, half-made ones too, but not of one that gets new inode numbers."""
     at = f"{pool.path}/volumes"
-    return [(tenant, jail) for tenant in sorted(os.listdir(at)) for jail in sorted(os.listdir(f"{at}/{tenant}"))]
+    found = [(tenant, jail) for tenant in sorted(os.listdir(at)) for jail in sorted(os.listdir(f"{at}/{tenant}"))]
+    return [(tenant, jail) for tenant, jail in found if not jail.startswith(".")]
 
 
 def list_builds(pool: Pool) -> list[str]:
