@@ -45,7 +45,8 @@ def opened(root: Root) -> Pool | None:
         raise JailmgrError(
             f"pool {root.pool}",
             "the kernel made it read-only after an error",
-            "See dmesg; stop all jails and jailmgr, run btrfs check on the file, start again.",
+            "See dmesg; stop all jails and jailmgr, run btrfs check on the file, start again. "
+            "btrfs-progs 6.2 (Debian 12) refuse a pool with simple quotas, 6.14 (Debian 13) check it.",
             "unavailable",
         )
     mode = btrfs.quota_mode(uuid)
