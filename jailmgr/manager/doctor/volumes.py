@@ -28,7 +28,7 @@ def volume_checks(root: Root) -> list[Check]:
 
 
 def _numbers(root: Root, pool: Pool) -> list[Check]:
-    if pool.mode == "project" or not os.path.exists(root.store):
+    if not os.path.exists(root.store):
         return []
     store = Store(root.store)
     store.open_to_read()
