@@ -101,8 +101,8 @@ def _sweep(pool: Pool) -> None:
 
 def _drop_unneeded(pool: Pool) -> None:
     """Delete what was made ahead for volumes over images that are gone."""
-    names = [name for name in os.listdir(_images(pool)) if _FINGERPRINT.match(name)]
-    kind_of(pool).drop_unneeded(pool, [f"{_images(pool)}/{name}" for name in names])
+    left = [name for name in os.listdir(_images(pool)) if _FINGERPRINT.match(name)]
+    kind_of(pool).drop_unneeded(pool, [f"{_images(pool)}/{name}" for name in left])
 
 
 def _images(pool: Pool) -> str:

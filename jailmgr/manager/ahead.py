@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ class Ahead:
     def _make(self, layers: set[str]) -> None:
         if self._m.disk_is_full():
             return
-        for layer in layers:
+        for layer in filter(os.path.isdir, layers):  # an image may have been deleted meanwhile
             try:
                 keep_ready(self._m.pool, [layer])
             except (JailmgrError, OSError) as error:

@@ -131,6 +131,9 @@ class Manager:
             self.disk_guard.start()
             self.ahead = Ahead(self)
             self.ahead.start()
+            if self.pool_if_open is not None:
+                for image in self.store.images():
+                    self.make_ahead(image.fingerprint)
             self.accountant.start()
             self.watcher.start(autostart)
         except BaseException:
