@@ -174,6 +174,7 @@ def _carry_out(m: Manager, build: Build, progress: Progress, cancelled: Cancelle
         sealed = image_store.seal(m.pool, name, _draft(m, build, built))
         with m.image_lock:
             m.store.put_image(sealed)
+        m.make_ahead(sealed.fingerprint)
         return sealed
 
 

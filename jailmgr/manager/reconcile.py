@@ -34,7 +34,7 @@ from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up, jails_up, supervisor_process
 from jailmgr.storage.pool import is_made
-from jailmgr.storage.volume import reap
+from jailmgr.storage.volume import discard_half_made, reap
 from jailmgr.store import CREATING, READY, RENAMING, Row
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def reconcile(m: Manager) -> None:
     _claim_again(m)
     if m.pool_if_open is not None:
         attempt("what was deleted", partial(reap, m.pool))
+        attempt("what was half made", partial(discard_half_made, m.pool))
         attempt("builds", partial(_remove_builds, m))
         attempt("images", partial(_compare_images, m))
     for row in m.store.rows():

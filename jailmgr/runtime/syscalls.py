@@ -52,6 +52,8 @@ MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_STRICTATIME = 0x20
 MOUNT_ATTR_IDMAP = 0x00100000
 
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 2
@@ -141,6 +143,7 @@ _keyctl = _declare("syscall", c_long, c_int, c_void_p)
 _ptrace = _declare("ptrace", c_long, c_int, c_void_p, c_void_p)
 _prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _set_name = _declare("prctl", c_int, c_char_p)
+_renameat2 = _declare("renameat2", c_int, c_char_p, c_int, c_char_p, c_uint)
 
 
 def clone(flags: int) -> int:
@@ -305,6 +308,12 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: int, mode: int = 0) -> 
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     size = ctypes.sizeof(how)
     return _check(_openat2(_OPENAT2, dir_fd, os.fsencode(path), ctypes.addressof(how), size), "openat2", path)
+
+
+def renameat2(source: str, target: str, flags: int) -> None:
+    """renameat2(2) of two paths: RENAME_NOREPLACE raises FileExistsError, RENAME_EXCHANGE swaps both."""
+    done = _renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags)
+    _check(done, "renameat2", f"{source} {target}")
 
 
 def close_all_but(*keep: int) -> None:

@@ -24,7 +24,7 @@ CHECKS = {
     "firewall input", "connection limits", "connection flows", "bridge netfilter", "mkfs.btrfs", "dnsmasq",
     "debootstrap", "busybox", "lxcfs", "fuse", "libnftables", "libseccomp", "AppArmor",
     "fs.inotify.max_user_instances", "kernel.keys.maxkeys", "kernel.pty.max", "pressure", "terminals", "processes",
-    "keys", "id ranges", "resolver", "disk", "store", "leftovers",
+    "keys", "id ranges", "resolver", "disk", "store", "leftovers", "inode numbers",
 }  # fmt: skip
 
 
