@@ -17,11 +17,12 @@ from jailmgr.keys import Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import keep
+from jailmgr.manager.nodes import nodes_of
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.network.shaping import shape_of
-from jailmgr.runtime import cgroups, seccomp
+from jailmgr.runtime import cgroups, devices, seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
 from jailmgr.storage.device import block_device
@@ -185,6 +186,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
         store=keep(m, jail),
+        devices=(*devices.DEFAULT, *nodes_of(jail)),
     )
 
 
