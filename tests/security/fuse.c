@@ -1,4 +1,5 @@
-/* A FUSE server whose directory has the file "slow" (linux/fuse.h): what is asked about that file is never answered.
+/* A FUSE server whose directory has the file "slow" (linux/fuse.h). What is asked about that file, and others whose
+   names begin so, is never answered, nor what statfs(2) asks.
 
    fuse PATH        mounts itself at PATH, prints "ready", and a line for each request that it has read and keeps
    fuse PATH knot   asks for its own file as well, in a thread: a process that waits for itself
@@ -37,7 +38,8 @@ static void answer(int fd, unsigned long long unique, int error, const void *bod
 static void serve(int fd, const struct fuse_in_header *in, const char *body)
 {
 	struct fuse_attr_out attributes = {.attr = {.ino = 1, .mode = S_IFDIR | 0755, .nlink = 2}};
-	struct fuse_init_out init = {.major = 7, .minor = 31, .max_write = 4096, .max_background = 16};
+	struct fuse_init_out init = {
+		.major = 7, .minor = 31, .max_write = 4096, .max_background = 16, .flags = FUSE_PARALLEL_DIROPS};
 	struct fuse_open_out opened = {.fh = 1};
 	char entry[64] = {0};
 	struct fuse_dirent *name = (struct fuse_dirent *)entry;
@@ -49,11 +51,14 @@ static void serve(int fd, const struct fuse_in_header *in, const char *body)
 		answer(fd, in->unique, 0, &attributes, sizeof attributes);
 		break;
 	case FUSE_LOOKUP:
-		if (!strcmp(body, "slow")) {
+		if (!strncmp(body, "slow", 4)) {
 			dprintf(1, "kept\n");
 			break;
 		}
 		answer(fd, in->unique, ENOENT, NULL, 0);
+		break;
+	case FUSE_STATFS:
+		dprintf(1, "kept\n");
 		break;
 	case FUSE_OPENDIR:
 		answer(fd, in->unique, 0, &opened, sizeof opened);
