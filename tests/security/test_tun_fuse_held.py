@@ -48,7 +48,10 @@ def begun(guest: Guest, program: str, *argv: str) -> Iterator[subprocess.Popen[b
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 def line(process: subprocess.Popen[bytes], within: float = WITHIN) -> str:
