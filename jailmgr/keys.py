@@ -39,6 +39,8 @@ CONNECTIONS = 4096
 CONNECTIONS_MAX = 16384
 """The kernel goes through all that it has counted as it counts another: 2 ms for so many, 25 for four times as many."""
 
+SOCKETCALL = "security.syscalls.allow_socketcall"
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9._-]{1,255}\Z", re.ASCII)
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", re.ASCII)
@@ -88,6 +90,13 @@ CONFIG: dict[str, Key] = {
     ),
     "restart": Key(
         one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
+    ),
+    SOCKETCALL: Key(
+        truth,
+        False,
+        "`true`: 32-bit x86 programs have a network; a jail's other programs are as before. The wall around families "
+        "of sockets is open for the jail then (docs/security.md). Only root may set it.",
+        root=True,
     ),
 }
 """Keys by name. `environment.NAME` and `user.ANYTHING` besides (`PREFIXES`)."""

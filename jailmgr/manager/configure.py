@@ -11,12 +11,13 @@ import msgspec
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.keys import DEVICES, FIXED, SHORT, TYPES, check_name, find_key, fold, is_live
 from jailmgr.manager import networks, shaping
+from jailmgr.manager.access import check_root_only
 from jailmgr.manager.admission import admit, check_restricted
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import renew as renew_kept
-from jailmgr.manager.nodes import check_nodes, check_owner
+from jailmgr.manager.nodes import check_nodes
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
@@ -47,7 +48,7 @@ def configure(
         new = changed(old, config, devices)
         up, runs = is_up(m, old), running(m, old)
         if not root:
-            check_owner(new, old)
+            check_root_only(new, old)
         _check(m, old, new, up)
         with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)

@@ -11,6 +11,7 @@ import msgspec
 from jailmgr.errors import JailmgrError, from_os, full_name
 from jailmgr.keys import Config, Devices, check_name, fold
 from jailmgr.manager import networks
+from jailmgr.manager.access import check_root_only
 from jailmgr.manager.admission import admit, check_restricted, check_source_allowed
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.delete import delete, finish_delete
@@ -18,7 +19,7 @@ from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
-from jailmgr.manager.nodes import check_nodes, check_owner
+from jailmgr.manager.nodes import check_nodes
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
@@ -67,7 +68,7 @@ def check_new(
         networks.check_address(m, tenant, device.get("network", networks.DEFAULT), wanted)
     jail = Jail(0, tenant, name or "", "", source, 0.0, folded, placed, 0)
     if not root:
-        check_owner(jail)
+        check_root_only(jail)
     check_restricted(m, jail)
     check_nodes(jail)
     check_ports(m, jail)

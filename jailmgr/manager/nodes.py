@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from jailmgr.devices import TYPES, unix
-from jailmgr.errors import JailmgrError
+from jailmgr.devices import unix
 from jailmgr.key_checks import parse_bool
 from jailmgr.model import Jail
 from jailmgr.runtime import devices
@@ -40,14 +39,3 @@ def check_nodes(jail: Jail, before: Jail | None = None) -> None:
     for device in nodes_of(jail):
         if device not in had and devices.look_up(device) is None and device.required:
             raise devices.missing(device)
-
-
-def check_owner(jail: Jail, before: Jail | None = None) -> None:
-    """Refuse to a user who is not root what only root may give a jail or take from it. JailmgrError `denied`."""
-    had: dict[str, dict[str, str]] = before.devices if before is not None else {}
-    for name in sorted(jail.devices.keys() | had.keys()):
-        new, old = jail.devices.get(name), had.get(name)
-        if new != old and any(TYPES[keys["type"]].root for keys in (new, old) if keys is not None):
-            kind = (new or old or {})["type"]
-            why = f"only root may add, change or remove a {kind} device"
-            raise JailmgrError(f"device {name}", why, "Ask who looks after this host.", "denied")
