@@ -18,11 +18,15 @@ _ENDPOINT = re.compile(r"(tcp|udp):(\[[0-9a-fA-F:.]+\]|[0-9.]*):(\d{1,5})\Z", re
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A key. `check` raises ValueError with what was expected; `live`: a running jail takes it at once."""
+    """A key. `check` raises ValueError with what was expected; `live`: a running jail takes it at once.
+
+    `root`: only the host's root may set or unset it, no user of a tenant.
+    """
 
     check: Check
     live: bool
     doc: str
+    root: bool = False
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -13,15 +13,16 @@ from typing import Any
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import parse_bool
-from jailmgr.keys import Config, Devices
+from jailmgr.keys import SOCKETCALL, Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import keep
+from jailmgr.manager.nodes import nodes_of
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.network.shaping import shape_of
-from jailmgr.runtime import cgroups, seccomp
+from jailmgr.runtime import cgroups, devices, seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
 from jailmgr.storage.device import block_device
@@ -179,12 +180,13 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         notify=image.recipe.notify,
         nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic, shape) for nic in jail.nics],
         limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
-        seccomp=seccomp_filter(m.root),
+        seccomp=seccomp_filter(m.root, socketcall=parse_bool(jail.config.get(SOCKETCALL, "false"))),
         apparmor=ensure_profile(m.root),
         oom_score_adj=image.recipe.oom_score_adj,
         lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
         store=keep(m, jail),
+        devices=(*devices.DEFAULT, *nodes_of(jail)),
     )
 
 
@@ -225,16 +227,16 @@ def write_bundle(m: Manager, jail: Jail, stopped: bool = False) -> str:
     return directory
 
 
-def seccomp_filter(root: Root, raw_volume: bool = False) -> str:
+def seccomp_filter(root: Root, raw_volume: bool = False, socketcall: bool = False) -> str:
     """The file of the compiled filter, made once for each deny list, libseccomp and architecture.
 
-    `raw_volume` as seccomp.default_section has it.
+    `raw_volume` as in seccomp.default_section, `socketcall` as in seccomp.compile.
     """
     section = seccomp.default_section(raw_volume=raw_volume)
-    told = json.dumps([section, platform.machine(), platform.release()], sort_keys=True)
+    told = json.dumps([section, platform.machine(), platform.release(), *["socketcall"] * socketcall], sort_keys=True)
     path = f"{root.run}/seccomp/{hashlib.sha256(told.encode()).hexdigest()[:16]}.bpf"
     if not os.path.exists(path):
-        compiled = seccomp.compile(section)
+        compiled = seccomp.compile(section, socketcall)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         new = f"{path}.{os.getpid()}.{threading.get_ident()}"
         with open(new, "wb") as file:

@@ -10,7 +10,7 @@ import json
 from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import seccomp
+from jailmgr.runtime import devices, seccomp
 from jailmgr.runtime.capabilities import BOUNDING
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import IoLimit as IoLimit
@@ -60,6 +60,8 @@ class Plan(NamedTuple):
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
     store: str = ""
     """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
+    devices: tuple[devices.Device, ...] = ()
+    """Devices of the host besides `DEVICES`."""
 
 
 TERMINALS = 256
@@ -82,6 +84,7 @@ _MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
 )
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+"""Nodes of the host that every jail has as they are."""
 MASKED = (
     "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug",
     "/proc/scsi", "/sys/firmware",
@@ -125,6 +128,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "lxcfs": plan.lxcfs,
         "restart": plan.restart,
         "store": plan.store,
+        "devices": json.dumps([device._asdict() for device in plan.devices]),
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
     return {
@@ -223,6 +227,7 @@ class Bundle(NamedTuple):
     lxcfs: str
     restart: str
     oom_score_adj: int
+    devices: list[devices.Device]
 
 
 def read_bundle(config: dict[str, Any]) -> Bundle:
@@ -279,6 +284,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         lxcfs=own.get("lxcfs", ""),
         restart=own["restart"],
         oom_score_adj=process.get("oomScoreAdj", 0),
+        devices=devices.parse(json.loads(own.get("devices", "[]"))),
     )
 
 

@@ -18,7 +18,19 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, reaper, rootfs, shaping
+from jailmgr.runtime import (
+    apparmor,
+    capabilities,
+    cgroups,
+    devices,
+    lxcfs,
+    netlink,
+    process,
+    protocol,
+    reaper,
+    rootfs,
+    shaping,
+)
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -63,14 +75,14 @@ class Payload(NamedTuple):
     fds: list[int]
 
 
-def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
+def make_groups(hierarchies: Hierarchies, bundle: Bundle, nodes: list[devices.Node]) -> None:
     """The jail's cgroups, below its tenant's, held to its devices: v1's rules deny all before they allow, and by then
     process 1 may be opening its console.
     """
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
     cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
-    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+    cgroups.device_rules(hierarchies, bundle.cgroup, [*cgroups.DEFAULT_DEVICES, *devices.rules(nodes)])
 
 
 def spare(pid: int, oom_score_adj: int) -> None:
@@ -88,14 +100,15 @@ def spawn(
     bundle: Bundle,
     hierarchies: Hierarchies,
     bpf: bytes,
+    nodes: list[devices.Node],
     stdio: Stdio | None = None,
     payload: Payload | None = None,
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> Spawned:
     """Build a jail up to the point where only the exec is missing.
 
-    The jail's cgroups are there. `meanwhile` is called with the child's pid while that mounts. Raises JailmgrError with
-    the step that failed; nothing is left of the attempt then.
+    The jail's cgroups are there. `nodes`: those of make_groups. `meanwhile` is called with the child's pid while that
+    mounts. Raises JailmgrError with the step that failed; nothing is left of the attempt then.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
@@ -104,7 +117,7 @@ def spawn(
         with capabilities.effective_uid(bundle.uid):
             pid = kernel.fork_into(leaf, _NAMESPACES)
             if pid == 0:
-                work = partial(_init, theirs, tasks, bundle, bpf, stdio, payload)
+                work = partial(_init, theirs, tasks, bundle, bpf, nodes, stdio, payload)
                 process.trap("start", partial(protocol.send, theirs), work)
     except OSError as error:
         ours.close()
@@ -113,7 +126,7 @@ def spawn(
         theirs.close()
         protocol.close_all(tasks if leaf is None else [leaf, *tasks])
     try:
-        _lead(ours, pid, bundle)
+        _lead(ours, pid, bundle, nodes)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
@@ -140,16 +153,18 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
-    """Our side of the child's way into its namespaces: its ids, its layers, its network."""
-    layers = _map(pid, bundle)
-    limits_view = lxcfs.open_whole(bundle.lxcfs)
-    if limits_view is not None:
-        layers.append(limits_view)
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node]) -> None:
+    """Our side of the child's way into its namespaces: its ids, its layers, its devices, its network."""
+    mounts = _map(pid, bundle)
     try:
-        protocol.send(ours, {"limits_view": limits_view is not None}, layers)
+        if nodes:
+            mounts.append(devices.make(nodes, bundle.idmap_base, bundle.idmap_size))
+        limits_view = lxcfs.open_whole(bundle.lxcfs)
+        if limits_view is not None:
+            mounts.append(limits_view)
+        protocol.send(ours, {"limits_view": limits_view is not None}, mounts)
     finally:
-        protocol.close_all(layers)
+        protocol.close_all(mounts)
     if bundle.nics:
         netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -269,7 +284,13 @@ def _go(sock: socket.socket) -> protocol.Message:
 
 
 def _init(
-    sock: socket.socket, tasks: list[int], bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None
+    sock: socket.socket,
+    tasks: list[int],
+    bundle: Bundle,
+    bpf: bytes,
+    nodes: list[devices.Node],
+    stdio: Stdio | None,
+    payload: Payload | None,
 ) -> None:
     """Process 1, from its clone to its exec."""
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -284,6 +305,7 @@ def _init(
     said = _go(sock)
     layers = said.fds
     limits_view = layers.pop() if said.body["limits_view"] else None
+    made = rootfs.Nodes(layers.pop(), nodes) if nodes else None
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
@@ -292,7 +314,7 @@ def _init(
     kernel.mount_propagation_private()
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
-    rootfs.populate(root, scratch, bundle, limits_view)
+    rootfs.populate(root, scratch, bundle, made, limits_view)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:

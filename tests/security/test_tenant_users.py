@@ -8,6 +8,7 @@ import grp
 import os
 import pwd
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,6 +81,45 @@ def test_nothing_of_another_tenant_is_there(jm: Instance, tenant: str, busybox_j
     images = run_as(jm, ALICE, "image", "list", "--format", "json").json
     assert sum(image["jails"] for image in images) == 1
     assert jm.status(other) == "Running"
+
+
+def test_devices_of_the_host_are_roots_alone(jm: Instance, tenant: str) -> None:
+    """Add, change and remove them: neither a block device nor another. What root has given a jail, its user may use."""
+    web, keys = f"{tenant}/web", ("source=/dev/loop-control", "path=/dev/knob")
+
+    def refused(name: str, kind: str, *argv: str) -> None:
+        said = run_as(jm, ALICE, *argv, status=1)
+        why = f"Error: device {name}: only root may add, change or remove a {kind} device\n"
+        assert said.err == f"{why}Hint: Ask who looks after this host.\n"
+
+    disk = next(f"source=/dev/{name}" for name in os.listdir("/dev") if stat.S_ISBLK(os.stat(f"/dev/{name}").st_mode))
+    refused("d", "unix-block", "device", "add", web, "d", "unix-block", disk, "path=/dev/d")
+    refused("d", "unix-block", "device", "add", web, "d", "unix-block", "path=/dev/d", "major=7", "minor=0")
+    refused("c", "unix-char", "device", "add", web, "c", "unix-char", *keys)
+    refused("c", "unix-char", "device", "add", web, "c", "unix-char", "source=/dev/none", "path=/dev/x")
+    refused("c", "unix-char", "device", "add", web, "c", "unix-char", "source=/etc/shadow", "path=/dev/x")
+    jm("device", "add", web, "knob", "unix-char", *keys)
+    refused("knob", "unix-char", "device", "set", web, "knob", "mode=0666")
+    refused("knob", "unix-char", "device", "set", web, "knob", "source=/dev/kmsg")
+    refused("knob", "unix-char", "device", "remove", web, "knob")
+    assert jm.json("device", "list", web)["knob"] == {"type": "unix-char", **dict(key.split("=") for key in keys)}
+    made: dict[str, Any] = {"source": {"type": "template", "alias": "busybox"}, "name": "mine"}
+    for start in (False, True):
+        body = made | {
+            "start": start,
+            "devices": {"c": {"type": "unix-char", "path": "/dev/x", "major": "1", "minor": "1"}},
+        }
+        with connected(jm, ALICE) as sock:
+            answer = ask(sock, "POST", f"/1.0/instances?project={tenant}", body)
+        assert (answer["error_code"], answer["metadata"]["code"]) == (403, "denied"), answer
+    key = "security.syscalls.allow_socketcall"
+    denied = f"Error: key {key}: only root may set or unset it\n"
+    assert run_as(jm, ALICE, "set", web, f"{key}=true", status=1).err.startswith(denied)
+    jm("set", web, f"{key}=false")
+    assert run_as(jm, ALICE, "unset", web, key, status=1).err.startswith(denied)
+    run_as(jm, ALICE, "set", web, "limits.memory=64MiB")
+    run_as(jm, ALICE, "restart", "--force", web)
+    assert run_as(jm, ALICE, "exec", web, "--", "stat", "-c", "%a %t:%T", "/dev/knob").out == "660 a:ed\n"
 
 
 def test_what_is_roots_alone(jm: Instance, tenant: str) -> None:

@@ -222,3 +222,51 @@ def test_limits(config: dict[str, str], limits: Limits) -> None:
 def test_number_of_cpus() -> None:
     assert cpus_of(limits_of({"limits.cpu.allowance": "150ms/100ms"})) == 1.5
     assert cpus_of(limits_of({"limits.cpu.allowance": "50%"})) is None
+
+
+NODE = {"type": "unix-char", "source": "/dev/kmsg", "path": "/dev/x"}
+
+
+@pytest.mark.parametrize(
+    ("keys_", "why"),
+    [
+        ({"path": None, "source": "/dev/zero"}, "/dev/zero is the jail's own"),
+        ({"path": "/dev/pts/3"}, "/dev/pts is the jail's own"),
+        ({"path": "/etc/x"}, "is not a path below /dev"),
+        ({"path": "/dev/../x"}, "is not a path below /dev"),
+        ({"path": "/dev/x/"}, "is not a path below /dev"),
+        ({"path": "/dev//x"}, "is not a path below /dev"),
+        ({"path": "/dev/"}, "is not a path below /dev"),
+        ({"path": "/dev"}, "is not a path below /dev"),
+        ({"source": "kmsg"}, "is not an absolute path"),
+        ({"source": None, "path": None}, "neither 'source' nor 'path' is given"),
+        ({"major": "1"}, "one of 'major' and 'minor' is given"),
+        ({"mode": "7777"}, "is not an octal mode"),
+        ({"mode": "rw"}, "is not an octal mode"),
+        ({"uid": "-1"}, "is not a whole number"),
+        ({"required": "maybe"}, "is neither true nor false"),
+        ({"vendorid": "1"}, "'vendorid' is no key of a unix-char device"),
+        ({"type": "usb"}, "there is no device type 'usb'"),
+    ],
+)
+def test_devices_of_the_host_that_are_refused(keys_: dict[str, str | None], why: str) -> None:
+    device = {key: value for key, value in (NODE | keys_).items() if value is not None}
+    with pytest.raises(JailmgrError) as caught:
+        keys.check_devices({"knob": device})
+    assert why in str(caught.value)
+    assert caught.value.code == "invalid"
+
+
+def test_two_devices_of_one_path_are_refused() -> None:
+    keys.check_devices({"knob": NODE, "other": NODE | {"path": "/dev/y"}})
+    with pytest.raises(JailmgrError, match="/dev/x is device knob already"):
+        keys.check_devices({"knob": NODE, "other": {"type": "unix-block", "path": "/dev/x"}})
+
+
+@pytest.mark.parametrize("kind", [kind for kind, type_ in keys.TYPES.items() if type_.only])
+def test_a_jail_has_one_root_and_one_eth0(kind: str) -> None:
+    keys.check_devices({keys.TYPES[kind].only: {"type": kind}})
+    with pytest.raises(JailmgrError, match=f"a jail has one {kind} device"):
+        keys.check_devices({"more": {"type": kind}})
+    with pytest.raises(JailmgrError, match=f"is a {kind} device"):
+        keys.check_devices({keys.TYPES[kind].only: {"type": "unix-char", "path": "/dev/x"}})
