@@ -22,7 +22,7 @@ from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, pro
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
-from jailmgr.runtime.pty import check_master, make_controlling
+from jailmgr.runtime.pty import check_master
 
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
@@ -318,11 +318,17 @@ def _init(
 
 
 def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
-    if slave is not None:
-        make_controlling(slave)
-        return
+    """Put the console, `stdio` or /dev/null on fds 0 to 2, in a session of its own that has no controlling terminal.
+
+    The kernel starts process 1 so too (init/main.c, console_on_rootfs). A terminal is that of one session alone
+    (ioctl_tty(2), TIOCSCTTY), and the one that needs the console is a getty's.
+    """
     os.setsid()
-    # Without any it gets /dev/null, and never the supervisor's own log.
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if stdio is None else -1
-    for target, fd in enumerate(stdio or (null, null, null)):
+    if slave is not None:
+        stdio = Stdio(slave, slave, slave)
+    elif stdio is None:
+        # Never the supervisor's own log.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stdio = Stdio(null, null, null)
+    for target, fd in enumerate(stdio):
         os.dup2(fd, target)
