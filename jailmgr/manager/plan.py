@@ -184,6 +184,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         oom_score_adj=image.recipe.oom_score_adj,
         lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
+        uuid=m.store.uuid(jail),
         store=keep(m, jail),
     )
 

@@ -20,6 +20,8 @@ from jailmgr.runtime.jsonfile import read_json, write_json
 ID_SIZE = 65536
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "config.json"
+MANAGER = "jailmgr"
+"""How a guest knows that it is in a container of ours: $container of process 1 (systemd's Container Interface)."""
 
 
 class Plan(NamedTuple):
@@ -58,6 +60,8 @@ class Plan(NamedTuple):
     """Where an lxcfs is mounted, if one is when the jail starts; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
+    uuid: str = ""
+    """The jail's own, which systemd in it makes its machine-id(5) at its first boot; empty for none."""
     store: str = ""
     """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
 
@@ -105,7 +109,7 @@ _THROTTLES = (
 
 def compile_bundle(plan: Plan) -> dict[str, Any]:
     """The OCI configuration of `plan`."""
-    environment = {"PATH": PATH, "container": "jailmgr"}
+    environment = {"PATH": PATH, "container": MANAGER}
     if plan.terminal:
         environment["TERM"] = "linux"
     environment |= plan.environment
@@ -124,6 +128,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "seccomp": plan.seccomp,
         "lxcfs": plan.lxcfs,
         "restart": plan.restart,
+        "uuid": plan.uuid,
         "store": plan.store,
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
@@ -223,6 +228,7 @@ class Bundle(NamedTuple):
     lxcfs: str
     restart: str
     oom_score_adj: int
+    uuid: str
 
 
 def read_bundle(config: dict[str, Any]) -> Bundle:
@@ -279,6 +285,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         lxcfs=own.get("lxcfs", ""),
         restart=own["restart"],
         oom_score_adj=process.get("oomScoreAdj", 0),
+        uuid=own.get("uuid", ""),
     )
 
 

@@ -23,6 +23,7 @@ from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.pty import check_master
+from jailmgr.runtime.run_host import RUN_HOST, RunHost, make_run_host
 
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
@@ -112,15 +113,20 @@ def spawn(
     finally:
         theirs.close()
         protocol.close_all(tasks if leaf is None else [leaf, *tasks])
+    host: RunHost | None = None
     try:
-        _lead(ours, pid, bundle)
+        if payload is None:
+            host = make_run_host(bundle)
+        _lead(ours, pid, bundle, host)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
-        return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
+        return Spawned(pid, os.pidfd_open(pid), ours, console, None if host is None else host.notify)
     except BaseException as error:
+        if host is not None and host.notify is not None:
+            os.close(host.notify)
         said = _abandon(ours, pid)
         for nic in bundle.nics:
             netlink.detach(nic["veth"])
@@ -140,16 +146,21 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
-    """Our side of the child's way into its namespaces: its ids, its layers, its network."""
-    layers = _map(pid, bundle)
-    limits_view = lxcfs.open_whole(bundle.lxcfs)
-    if limits_view is not None:
-        layers.append(limits_view)
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, host: RunHost | None) -> None:
+    """Our side of the child's way into its namespaces: its ids, its mounts, its network. The mount in `host` is closed.
+
+    The child receives `host`'s mount first, and last what lxcfs shows, where there are these.
+    """
+    mounts = [] if host is None else [host.mount]
     try:
-        protocol.send(ours, {"limits_view": limits_view is not None}, layers)
+        mounts += _map(pid, bundle)
+        limits_view = lxcfs.open_whole(bundle.lxcfs)
+        if limits_view is not None:
+            mounts.append(limits_view)
+        environment = None if host is None else host.environment
+        protocol.send(ours, {"limits_view": limits_view is not None, "environment": environment}, mounts)
     finally:
-        protocol.close_all(layers)
+        protocol.close_all(mounts)
     if bundle.nics:
         netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -282,7 +293,8 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    layers = said.fds
+    layers, environment = said.fds, said.body["environment"]
+    host = layers.pop(0) if environment is not None else None
     limits_view = layers.pop() if said.body["limits_view"] else None
     os.setresgid(0, 0, 0)
     os.setgroups([])
@@ -297,10 +309,8 @@ def _init(
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
         shown.append(console.master)
-    env = dict(bundle.env)
-    if bundle.notify and payload is None:
-        shown.append(rootfs.open_notify(root))
-        env["NOTIFY_SOCKET"] = rootfs.NOTIFY
+    if host is not None:
+        rootfs.attach(root, host, RUN_HOST)
     rootfs.enter(root)
     protocol.send(sock, {"step": "mounted"}, shown)
     _go(sock)
@@ -314,7 +324,7 @@ def _init(
     process.set_limits(bundle.rlimits)
     process.become(bundle.capabilities, bpf)
     apparmor.at_exec(bundle.apparmor, proc)
-    process.execute(bundle.args, env)
+    process.execute(bundle.args, bundle.env | environment)
 
 
 def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
