@@ -62,6 +62,8 @@ class Plan(NamedTuple):
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
     uuid: str = ""
     """The jail's own, which systemd in it makes its machine-id(5) at its first boot; empty for none."""
+    credentials: dict[str, str] = {}
+    """For systemd in the jail, by name, in base64."""
     store: str = ""
     """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
 
@@ -129,6 +131,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "lxcfs": plan.lxcfs,
         "restart": plan.restart,
         "uuid": plan.uuid,
+        "credentials": json.dumps(plan.credentials),
         "store": plan.store,
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
@@ -229,6 +232,7 @@ class Bundle(NamedTuple):
     restart: str
     oom_score_adj: int
     uuid: str
+    credentials: dict[str, str]
 
 
 def read_bundle(config: dict[str, Any]) -> Bundle:
@@ -286,6 +290,7 @@ def _read(config: dict[str, Any]) -> Bundle:
         restart=own["restart"],
         oom_score_adj=process.get("oomScoreAdj", 0),
         uuid=own.get("uuid", ""),
+        credentials=json.loads(own.get("credentials", "{}")),
     )
 
 

@@ -3,13 +3,15 @@
 systemd's Container Interface, https://systemd.io/CONTAINER_INTERFACE; docs/container-interface.md has all of it. The
 supervisor fills a ramfs, makes the file system itself read-only and hands its mount to the jail. The file system is
 of the host's user namespace, so the guest's root can't make it writable again. A socket on a read-only file system
-receives all the same (fs/namei.c, sb_permission). Standard library only.
+receives all the same (fs/namei.c, sb_permission). A ramfs is never swapped out, which credentials are not to be
+(https://systemd.io/CREDENTIALS). Standard library only.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from binascii import a2b_base64
 from typing import NamedTuple
 
 from jailmgr.runtime import syscalls as kernel
@@ -18,7 +20,7 @@ from jailmgr.runtime.notify import refuse_fds
 from jailmgr.runtime.plainfile import read_bytes
 
 RUN_HOST = "/run/host"
-_NOTIFY = "notify"
+_NOTIFY, _CREDENTIALS = "notify", "credentials"
 _ATTRIBUTES = (
     kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC | kernel.MOUNT_ATTR_NOSYMFOLLOW
 )
@@ -53,6 +55,8 @@ def make_run_host(bundle: Bundle) -> RunHost:
             os.fchown(root, bundle.idmap_base, bundle.idmap_base)
             for name, content in files.items():
                 _write(root, name, content, 0o444, bundle.idmap_base)
+            if bundle.credentials:
+                _write_credentials(root, bundle)
             if sock is not None:
                 _bind(sock, root, bundle.idmap_base)
         finally:
@@ -64,6 +68,8 @@ def make_run_host(bundle: Bundle) -> RunHost:
         if sock is not None:
             sock.close()
         raise
+    if bundle.credentials:
+        environment["CREDENTIALS_DIRECTORY"] = f"{RUN_HOST}/{_CREDENTIALS}"
     if sock is not None:
         environment["NOTIFY_SOCKET"] = f"{RUN_HOST}/{_NOTIFY}"
     return RunHost(mount, None if sock is None else sock.detach(), environment)
@@ -78,6 +84,18 @@ def _write(root: int, name: str, content: bytes, mode: int, owner: int) -> None:
         os.fchown(fd, owner, owner)
     finally:
         os.close(fd)
+
+
+def _write_credentials(root: int, bundle: Bundle) -> None:
+    """Modes as systemd-nspawn(1) has them; systemd-creds(1) calls any other mode of a file insecure."""
+    os.mkdir(_CREDENTIALS, 0o500, dir_fd=root)
+    place = os.open(_CREDENTIALS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        for name, content in bundle.credentials.items():
+            _write(place, name, a2b_base64(content), 0o400, bundle.idmap_base)
+        os.fchown(place, bundle.idmap_base, bundle.idmap_base)
+    finally:
+        os.close(place)
 
 
 def _make_socket() -> socket.socket:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import platform
 import re
+import stat
+import subprocess
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 
 from tests.system.conftest import MakeJail
@@ -111,3 +115,49 @@ def test_a_uuid_is_one_jails(jm: Instance, busybox_jail: MakeJail) -> None:
     jm("delete", f"{name}r")
     busybox_jail(name=name)
     assert jm.info(name)["uuid"] != uuid
+
+
+def test_credentials_are_in_a_directory_of_init(jm: Instance, busybox_jail: MakeJail) -> None:
+    """Modes as systemd-creds(1) wants them, on a file system that is never swapped out; for the guest's root alone."""
+    secret, other = "s3cret one\n", bytes(range(256))
+    name, stranger = busybox_jail(), busybox_jail()
+    jm("set", name, "systemd.credential.db.password=-", stdin=secret.encode())
+    said = jm.json("set", name, f"systemd.credential-binary.key={b64encode(other).decode()}")
+    assert said["restart_needed"] == ["systemd.credential-binary.key"]
+    jm("restart", "--force", name)
+    place = environment_of_init(jm, name)["CREDENTIALS_DIRECTORY"]
+    assert jm.exec(name, "cat", f"{place}/db.password").out == secret
+    assert jm.sh(name, f"sha256sum <{place}/key").out.split()[0] == sha256(other).hexdigest()
+    assert jm.sh(name, f"stat -c '%a %u:%g' {place} {place}/*").out.splitlines() == ["500 0:0", *["400 0:0"] * 2]
+    assert jm.sh(name, f"stat -f -c %T {place}").out == "ramfs\n"
+    assert "Permission denied" in jm("exec", "-u", "nobody", name, "--", "cat", f"{place}/key", status=1).err
+    assert (
+        "Read-only file system" in jm.sh(name, f"mount -o remount,bind,rw /run/host; echo >{place}/key", status=1).err
+    )
+    assert "CREDENTIALS_DIRECTORY" not in environment_of_init(jm, stranger)
+    assert "CREDENTIALS_DIRECTORY" not in jm.exec(name, "env").out
+    jm("unset", name, "systemd.credential.db.password", "systemd.credential-binary.key")
+    jm("restart", "--force", name)
+    assert jm.sh(name, "ls /run/host").out.split() == ["container-manager", "container-uuid", "os-release"]
+
+
+def test_credentials_are_kept_from_others(jm: Instance, busybox_jail: MakeJail) -> None:
+    """Only a directory of the host's root has them: no error does, and no log."""
+    name = busybox_jail(start=False)
+    for key, value, why in (
+        ("systemd.credential-binary.a", "s3cret%", "the value is not base64"),
+        ("systemd.credential.a", "s3cret\0", "NUL byte"),
+    ):
+        answer = jm.api("PATCH", f"/1.0/instances/{name}", {"config": {key: value}, "devices": {}})
+        assert why in answer["error"]
+        assert "s3cret" not in str(answer)
+    jm("set", name, "systemd.credential.a=s3cret")
+    assert "is set too" in jm.refused("set", name, "systemd.credential-binary.a=czNjcmV0", status=2).err
+    jm("start", name)
+    grep = ["grep", "-rls", "--exclude-dir=pool", "--exclude-dir=lxcfs", "s3cret", jm.root.at]
+    found = subprocess.run(grep, capture_output=True, text=True, check=True, timeout=30).stdout
+    holders = [Path(line) for line in found.splitlines()]
+    assert "config.json" in {path.name for path in holders}
+    assert all(path.is_relative_to(jm.root.lib) for path in holders)
+    assert stat.S_IMODE(Path(jm.root.lib).stat().st_mode) == 0o700
+    assert not [path for path in holders if path.suffix == ".log"]
