@@ -10,6 +10,9 @@ from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
+
+from jailmgr.runtime import capabilities, cgroups
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, Terminal, terminal, until
 
@@ -18,6 +21,61 @@ INITTAB = """\
 console::respawn:/sbin/getty 38400 console
 """
 """As Alpine's for a container: a login on the console (busybox init, openrc)."""
+
+
+DROPPED = {"CAP_AUDIT_READ", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_TIME"}
+KEPT = {"CAP_MKNOD", "CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SYS_BOOT"}
+NODES = "null zero full random urandom tty ptmx console"
+
+
+def mounts(jm: Instance, name: str) -> dict[str, tuple[str, set[str]]]:
+    """Kind and options of what is mounted in a jail, by place (proc_pid_mounts(5)); of what lies over another, it."""
+    lines = [line.split() for line in jm.exec(name, "cat", "/proc/mounts").out.splitlines()]
+    return {line[1]: (line[2], set(line[3].split(","))) for line in lines}
+
+
+def test_execution_environment(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail()
+    assert jm.exec(name, "hostname").out == f"{name}\n"
+    found = mounts(jm, name)
+    assert {place: found[place][0] for place in ("/proc", "/sys", "/dev", "/dev/pts", "/sys/fs/cgroup")} == {
+        "/proc": "proc", "/sys": "sysfs", "/dev": "tmpfs", "/dev/pts": "devpts", "/sys/fs/cgroup": "cgroup2",
+    }  # fmt: skip
+    assert "ro" in found["/sys"][1]
+    assert "rw" in found["/sys/fs/cgroup"][1]
+    jm.sh(name, "echo 1 >/proc/sys/net/ipv4/ip_forward")
+    assert jm.sh(name, f"cd /dev; for node in {NODES}; do [ -c $node ] || echo no $node; done").out == ""
+    assert (
+        jm.sh(name, "stat -f -c %T /dev/console; ls /dev/kmsg /dev/tty[0-9]* /dev/vcs*", status=None).out == "devpts\n"
+    )
+    assert jm.sh(name, "mknod /dev/x b 7 0; mknod /tmp/x c 1 1", status=1).err.count("not permitted") == 2
+
+
+def test_own_cgroups_are_the_whole_tree(jm: Instance, busybox_jail: MakeJail) -> None:
+    """What /proc/PID/cgroup says is a path below /sys/fs/cgroup, and process 1 may make groups there."""
+    name = busybox_jail()
+    if not cgroups.discover().unified:
+        pytest.skip("a guest makes no groups on a host without cgroup v2")
+    script = "[ $(sed -n s/^0:://p /proc/1/cgroup) = / ] && cd /sys/fs/cgroup && mkdir sub && ls -d cgroup.procs sub"
+    assert jm.sh(name, script).out.split() == ["cgroup.procs", "sub"]
+    assert jm.sh(name, "grep -qx $$ /sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/cgroup.procs && echo is").out
+
+
+def test_capabilities(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail()
+    said = jm.sh(name, "sed -n 's/^CapBnd:\t//p' /proc/1/status").out
+    has = {each for number, each in enumerate(capabilities.NAMES) if int(said, 16) >> number & 1}
+    assert has >= KEPT
+    assert not has & DROPPED
+
+
+def test_network_interface_is_configured_and_stable(jm: Instance, busybox_jail: MakeJail) -> None:
+    """Before process 1 runs: a guest needs no DHCP client, and finds the same MAC after each start."""
+    name = busybox_jail()
+    before = jm.sh(name, "cat /sys/class/net/eth0/address; ip -4 -o address show eth0").out
+    assert jm.info(name)["ipv4"] in before
+    jm("restart", "--force", name)
+    assert jm.sh(name, "cat /sys/class/net/eth0/address; ip -4 -o address show eth0").out == before
 
 
 def boot_busybox_init(jm: Instance, name: str) -> None:
@@ -161,3 +219,19 @@ def test_credentials_are_kept_from_others(jm: Instance, busybox_jail: MakeJail) 
     assert all(path.is_relative_to(jm.root.lib) for path in holders)
     assert stat.S_IMODE(Path(jm.root.lib).stat().st_mode) == 0o700
     assert not [path for path in holders if path.suffix == ".log"]
+
+
+def test_debian_takes_what_the_interface_offers(jm: Instance, debian_jail: MakeJail) -> None:
+    name = debian_jail("-c", "systemd.credential.greeting=hello")
+    uuid = jm.info(name)["uuid"]
+    assert jm.exec(name, "cat", "/etc/machine-id").out == uuid.replace("-", "") + "\n"
+    found = environment_of_init(jm, name)
+    assert (found["container_uuid"], found["NOTIFY_SOCKET"]) == (uuid, "/run/host/notify")
+    assert jm.exec(name, "systemd-detect-virt", "--container", status=None).out == "container-other\n"
+    assert jm.exec(name, "systemctl", "is-active", "systemd-udevd", "console-getty", status=None).out == (
+        "inactive\nactive\n"
+    )
+    run = ("systemd-run", "--quiet", "--wait", "--pipe", "--property=LoadCredential=greeting", "sh", "-c")
+    assert jm.exec(name, *run, "cat $CREDENTIALS_DIRECTORY/greeting").out == "hello"
+    scope = ("systemd-run", "--quiet", "--scope", "--unit=mine", "sed", "-n", "s/^0:://p", "/proc/self/cgroup")
+    assert jm.exec(name, *scope).out == "/system.slice/mine.scope\n"
