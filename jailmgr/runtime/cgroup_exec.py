@@ -35,6 +35,10 @@ def exec_leaves(h: Hierarchies, cgroup: str, base_uid: int) -> Iterator[int | No
             if not made and field(read(f"{path}/cgroup.events"), "populated"):
                 in_use.append(path)
                 continue
+            if not made and os.stat(path).st_uid != base_uid:
+                # A release before this one made it, for a jail that still runs.
+                os.rmdir(path)
+                _make(path, base_uid)
             yield _open(path)
             if not made:
                 # Whoever was in it has left controllers on.

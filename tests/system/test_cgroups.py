@@ -488,6 +488,16 @@ def test_exec_finds_a_place_the_guest_can_not_spoil(v2_jail: Jail) -> None:
     assert cgroups.members(v2_jail.h, v2_jail.cgroup) == [second.pid]
 
 
+def test_a_leaf_of_an_older_release_becomes_the_guests(v2_jail: Jail) -> None:
+    path = f"{v2_jail.h.unified}/{relative(v2_jail.cgroup)}/payload/.exec"
+    os.mkdir(path)
+    assert as_guest_root(lambda: os.mkdir(f"{path}/nested")) == errno.EACCES
+    leaf = next(exec_leaves(v2_jail.h, v2_jail.cgroup, BASE))
+    assert leaf is not None
+    os.close(leaf)
+    assert as_guest_root(lambda: os.mkdir(f"{path}/nested")) == 0
+
+
 def test_a_leaf_that_is_refused_is_made_again(v2_jail: Jail) -> None:
     """Where a command has left controllers on, clone3(2) fails; tests/vm/test_debian.py has that, by a real one."""
     path = f"{v2_jail.h.unified}/{relative(v2_jail.cgroup)}/payload/.exec"
