@@ -18,6 +18,7 @@ from jailmgr.key_checks import (
     Key,
     allowance,
     at_least,
+    base64,
     bit_rate,
     check_value,
     free_text,
@@ -43,6 +44,8 @@ SOCKETCALL = "security.syscalls.allow_socketcall"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9._-]{1,255}\Z", re.ASCII)
+_CREDENTIAL = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9@._+,~\\-]{1,255}\Z", re.ASCII)
+"""A file's name without a colon (systemd's credential_name_valid)."""
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", re.ASCII)
 
 
@@ -99,10 +102,17 @@ CONFIG: dict[str, Key] = {
         root=True,
     ),
 }
-"""Keys by name. `environment.NAME` and `user.ANYTHING` besides (`PREFIXES`)."""
+"""Keys by name. `PREFIXES` has those with a name of the user's in them."""
+
+TEXT_CREDENTIAL, BINARY_CREDENTIAL = "systemd.credential.", "systemd.credential-binary."
 
 PREFIXES: dict[str, tuple[re.Pattern[str], Key]] = {
     "environment.": (_VARIABLE, Key(free_text, False, "A variable of init's environment and of what is exec'd.")),
+    TEXT_CREDENTIAL: (
+        _CREDENTIAL,
+        Key(free_text, False, "A credential for systemd in the jail, as text; `-` reads it from stdin.", secret=True),
+    ),
+    BINARY_CREDENTIAL: (_CREDENTIAL, Key(base64, False, "The same in base64, for one that is not text.", secret=True)),
     "user.": (_USER, Key(free_text, True, "Free text of yours.")),
 }
 
@@ -146,7 +156,11 @@ def find_key(name: str) -> Key:
 def check_config(config: Mapping[str, str]) -> None:
     """Refuse unknown keys and bad values (JailmgrError `invalid`)."""
     for name, value in config.items():
-        check_value(find_key(name), f"{name}={value}", value)
+        key = find_key(name)
+        check_value(key, name if key.secret else f"{name}={value}", value)
+    for name in config:
+        if name.startswith(TEXT_CREDENTIAL) and (twin := BINARY_CREDENTIAL + name[len(TEXT_CREDENTIAL) :]) in config:
+            raise JailmgrError(f"key {name}", f"{twin} is set too", "Unset one of the two.", "invalid")
 
 
 def check_devices(devices: Mapping[str, Mapping[str, str]]) -> None:

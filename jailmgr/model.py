@@ -259,6 +259,8 @@ class JailInfo(JailView, frozen=True):
     log: str = ""
     pool: str = ""
     idmap: str = ""
+    uuid: str = ""
+    """No other jail's; systemd in it has it as its machine-id(5) from its first boot on."""
     apparmor: str = ""
     """Profile and mode of a running jail's init, `jailmgr (enforce)`; empty on hosts without AppArmor."""
     started_at: str | None = None

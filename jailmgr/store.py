@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any, Final, Literal
+from uuid import uuid4
 
 import msgspec
 
@@ -278,7 +279,19 @@ class Store(Database):
             )
             row = self.find_row(tenant, name)
             assert row is not None
+            self.uuid(row.jail)
             return row.jail
+
+    def uuid(self, jail: Jail) -> str:
+        """The jail's UUID. It belongs to the jail's id, which no other jail gets: neither a copy nor an import.
+
+        One is made for a jail of a release before this one.
+        """
+        found = self.fact(_uuid_fact(jail))
+        if not found:
+            found = str(uuid4())
+            self.set_fact(_uuid_fact(jail), found)
+        return found
 
     def reserve_ids(self, jails: int, networks: int, tenants: int) -> None:
         """Give no id up to these to anything made from here on: what has it is there, and not in the store."""
@@ -289,7 +302,7 @@ class Store(Database):
                     db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
                     db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last))
 
-    def take_back(self, jail: Jail, tenant: Tenant, networks: list[Network], ports: list[Port]) -> None:
+    def take_back(self, jail: Jail, tenant: Tenant, networks: list[Network], ports: list[Port], uuid: str) -> None:
         """Put a ready jail's row back as it was, in place of any that has its id or name; its tenant's and networks'
         where there are none. All or nothing. JailmgrError `exists` where an id, address or port has become another's.
         """
@@ -312,6 +325,8 @@ class Store(Database):
             by_name = {network.name: network for network in networks}
             self.set_nics(jail, [(by_name[nic.network], nic) for nic in jail.nics])
             self.set_ports(jail, ports)
+            if uuid:
+                self.set_fact(_uuid_fact(jail), uuid)
 
     def _take_back_tenant(self, tenant: Tenant) -> None:
         found = self.find_tenant(tenant.name)
@@ -371,6 +386,7 @@ class Store(Database):
     def remove(self, jail: Jail) -> None:
         with self.transaction() as db:
             db.execute("DELETE FROM jails WHERE id = ?", (jail.id,))
+            db.execute("DELETE FROM facts WHERE name = ?", (_uuid_fact(jail),))
 
     # ports
 
@@ -419,6 +435,10 @@ def port_taken(port: Port, why: str) -> JailmgrError:
     """The error for a host port that can't be had."""
     where = f"{port.host_address}:" if port.host_address else ""
     return JailmgrError(f"port {where}{port.host_port}/{port.protocol}", why, "Choose another host port.", "exists")
+
+
+def _uuid_fact(jail: Jail) -> str:
+    return f"uuid/{jail.id}"
 
 
 def _text(value: object) -> str:

@@ -7,13 +7,14 @@ import json
 import os
 import platform
 import threading
+from binascii import b2a_base64
 from collections.abc import Mapping
 from typing import Any
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
-from jailmgr.key_checks import parse_bool
-from jailmgr.keys import SOCKETCALL, Config, Devices
+from jailmgr.key_checks import parse_base64, parse_bool
+from jailmgr.keys import BINARY_CREDENTIAL, SOCKETCALL, TEXT_CREDENTIAL, Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import keep
@@ -141,6 +142,17 @@ def disk_of(devices: Devices) -> int | None:
     return _size(devices.get("root", {}), "size")
 
 
+def credentials_of(config: Config) -> dict[str, str]:
+    """Credentials for the guest's systemd, by name, in base64."""
+    found = {}
+    for key, value in config.items():
+        if key.startswith(TEXT_CREDENTIAL):
+            found[key.removeprefix(TEXT_CREDENTIAL)] = value.encode()
+        elif key.startswith(BINARY_CREDENTIAL):
+            found[key.removeprefix(BINARY_CREDENTIAL)] = parse_base64(value)
+    return {name: b2a_base64(content, newline=False).decode() for name, content in found.items()}
+
+
 def cgroup_of(root: Root, tenant: str, jail: str) -> str:
     return f"{root.cgroup}/{tenant}/{jail}"
 
@@ -185,6 +197,8 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         oom_score_adj=image.recipe.oom_score_adj,
         lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
+        uuid=m.store.uuid(jail),
+        credentials=credentials_of(jail.config),
         store=keep(m, jail),
         devices=(*devices.DEFAULT, *nodes_of(jail)),
     )

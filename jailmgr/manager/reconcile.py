@@ -112,7 +112,7 @@ def _finish(m: Manager, row: Row) -> None:
     if row.state == RENAMING:
         finish_rename(m, row)
     elif row.state == CREATING and kept is not None and kept.jail.id == row.jail.id:
-        m.store.take_back(kept.jail, kept.tenant, kept.networks, ports_of(kept.jail))
+        m.store.take_back(kept.jail, kept.tenant, kept.networks, ports_of(kept.jail), kept.uuid)
     else:
         finish_delete(m, row.jail, row.next)
 

@@ -99,6 +99,7 @@ def info(m: Manager, tenant: str, name: str) -> JailInfo:
         "log": f"{lib}/console.log",
         "pool": m.root.pool,
         "idmap": f"0 {jail.idmap_base} {ID_SIZE}",
+        "uuid": m.store.uuid(jail),
         "last_ended": _ending(m, tenant, name),
     }
     if state is not None:

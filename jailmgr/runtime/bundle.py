@@ -20,6 +20,8 @@ from jailmgr.runtime.jsonfile import read_json, write_json
 ID_SIZE = 65536
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "config.json"
+MANAGER = "jailmgr"
+"""How a guest knows that it is in a container of ours: $container of process 1 (systemd's Container Interface)."""
 
 
 class Plan(NamedTuple):
@@ -58,6 +60,10 @@ class Plan(NamedTuple):
     """Where an lxcfs is mounted, if one is when the jail starts; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
+    uuid: str = ""
+    """The jail's own, which systemd in it makes its machine-id(5) at its first boot; empty for none."""
+    credentials: dict[str, str] = {}
+    """For systemd in the jail, by name, in base64."""
     store: str = ""
     """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
     devices: tuple[devices.Device, ...] = ()
@@ -108,7 +114,7 @@ _THROTTLES = (
 
 def compile_bundle(plan: Plan) -> dict[str, Any]:
     """The OCI configuration of `plan`."""
-    environment = {"PATH": PATH, "container": "jailmgr"}
+    environment = {"PATH": PATH, "container": MANAGER}
     if plan.terminal:
         environment["TERM"] = "linux"
     environment |= plan.environment
@@ -127,6 +133,8 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "seccomp": plan.seccomp,
         "lxcfs": plan.lxcfs,
         "restart": plan.restart,
+        "uuid": plan.uuid,
+        "credentials": json.dumps(plan.credentials),
         "store": plan.store,
         "devices": json.dumps([device._asdict() for device in plan.devices]),
     }
@@ -228,6 +236,8 @@ class Bundle(NamedTuple):
     restart: str
     oom_score_adj: int
     devices: list[devices.Device]
+    uuid: str
+    credentials: dict[str, str]
 
 
 def read_bundle(config: dict[str, Any]) -> Bundle:
@@ -285,6 +295,8 @@ def _read(config: dict[str, Any]) -> Bundle:
         restart=own["restart"],
         oom_score_adj=process.get("oomScoreAdj", 0),
         devices=devices.parse(json.loads(own.get("devices", "[]"))),
+        uuid=own.get("uuid", ""),
+        credentials=json.loads(own.get("credentials", "{}")),
     )
 
 

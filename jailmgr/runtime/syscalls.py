@@ -41,6 +41,7 @@ FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
 FSCONFIG_CMD_CREATE = 6
+FSCONFIG_CMD_RECONFIGURE = 7
 
 MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOSUID = 0x02
@@ -51,6 +52,7 @@ MOUNT_ATTR_ATIME = 0x70
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_STRICTATIME = 0x20
 MOUNT_ATTR_IDMAP = 0x00100000
+MOUNT_ATTR_NOSYMFOLLOW = 0x00200000
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
@@ -283,8 +285,14 @@ def mount_setattr(fd: int, set_: int = 0, clear: int = 0, userns_fd: int = 0, pr
     _check(_mount_setattr(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, pointer, size), "mount_setattr")
 
 
-def fsmount(kind: str, options: dict[str, str | None], attributes: int = 0) -> int:
-    """A new detached mount of file system `kind` (fsopen(2), fsconfig(2), fsmount(2)); an option of None is a flag."""
+def fsmount(
+    kind: str, options: dict[str, str | None], attributes: int = 0, fill: Callable[[int], None] | None = None
+) -> int:
+    """A new detached mount of file system `kind` (fsopen(2), fsconfig(2), fsmount(2)); an option of None is a flag.
+
+    `fill` puts files into the mount, and then the file system itself becomes read-only: only root of the user namespace
+    that it was made in can undo that.
+    """
     fs = _check(_fsopen(_FSOPEN, kind.encode(), FSOPEN_CLOEXEC), "fsopen", kind)
     try:
         for key, value in options.items():
@@ -292,7 +300,17 @@ def fsmount(kind: str, options: dict[str, str | None], attributes: int = 0) -> i
             raw = None if value is None else os.fsencode(value)
             _check(_fsconfig(_FSCONFIG, fs, command, key.encode(), raw, 0), "fsconfig", f"{kind} {key}={value}")
         _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig", kind)
-        return _check(_fsmount(_FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes), "fsmount", kind)
+        made = _check(_fsmount(_FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes), "fsmount", kind)
+        if fill is None:
+            return made
+        try:
+            fill(made)
+            _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_SET_FLAG, b"ro", None, 0), "fsconfig", f"{kind} ro")
+            _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_CMD_RECONFIGURE, None, None, 0), "fsconfig", kind)
+        except BaseException:
+            os.close(made)
+            raise
+        return made
     finally:
         os.close(fs)
 

@@ -66,7 +66,9 @@ def _cgroups(root: Root) -> Iterator[str]:
         mounts = [line.split()[4] for line in file if line.split(" - ")[1].split()[0] in ("cgroup", "cgroup2")]
     for mount in mounts:
         for directory, _, _ in os.walk(f"{mount}/{relative(root.cgroup)}"):
-            yield f"cgroup {directory}"
+            # A leaf for a second command stays as long as its jail (runtime/cgroup_exec.py).
+            if "/payload/.exec-" not in directory:
+                yield f"cgroup {directory}"
 
 
 def _loops(root: Root) -> Iterator[str]:

@@ -36,6 +36,12 @@ from jailmgr.units import parse_rate
         ("environment.LANG", "C.UTF-8"),
         ("environment.EMPTY", ""),
         ("user.owner", "anna, büro 3"),
+        ("systemd.credential.passwd.hashed-password.root", "$y$j9T$"),
+        ("systemd.credential.systemd.unit-dropin.dev-disk\\x2da.mount~50-x", "[Unit]\n"),
+        ("systemd.credential-binary.foo", "YmF6"),
+        ("systemd.credential-binary.foo", "YmF6YQ"),
+        ("systemd.credential-binary.foo", "YmF6=========\n"),
+        ("systemd.credential-binary.foo", ""),
     ],
 )
 def test_good_values(key: str, value: str) -> None:
@@ -47,6 +53,12 @@ def test_good_values(key: str, value: str) -> None:
     [
         ("limits.memory", "0"),
         ("limits.memory", "-5MiB"),
+        ("systemd.credential-binary.foo", "YmF6Y"),
+        ("systemd.credential-binary.foo", "Ym-6"),
+        ("systemd.credential..", "x"),
+        ("systemd.credential.a/b", "x"),
+        ("systemd.credential.a:b", "x"),
+        ("systemd.credential.", "x"),
         ("limits.memory", "12 parsecs"),
         ("limits.cpu", "1.5"),
         ("limits.cpu", "0"),
