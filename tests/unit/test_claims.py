@@ -152,13 +152,13 @@ def test_both_releases_read_the_claims_of_the_other(make_root: MakeRoot, tmp_pat
     (tmp_path / "run").mkdir()
     (tmp_path / "two").mkdir()
     old = {"at": str(tmp_path / "two"), "mark": "abcde", "idmap": {"jail/1": [FIRST_RANGE, 65536]}}
-    Path(claims.DIRECTORY, "claims").write_bytes(msgspec.json.encode({old["at"]: old}))
+    Path(claims.DIRECTORY, "claims").write_bytes(msgspec.json.encode({str(old["at"]): old}))
     first = claims.claim_idmap(one, "1", None, IDS)
     assert first == FIRST_RANGE + 65536
     claims.claim_idmap(one, "2", None, claims.REGIONS[1][1] - claims.REGIONS[1][0])
     read = msgspec.json.decode(Path(claims.DIRECTORY, "claims").read_bytes(), type=dict[str, HeldBefore])
     assert read[one.at].idmap["1"] == (first, IDS)
-    assert read[old["at"]].idmap == {"jail/1": (FIRST_RANGE, 65536)}
+    assert read[str(old["at"])].idmap == {"jail/1": (FIRST_RANGE, 65536)}
     taken = sorted(span for held in read.values() for span in held.idmap.values())
     lowest = FIRST_RANGE
     for start, count in taken:
