@@ -23,6 +23,7 @@ from jailmgr.network import addresses, bridge, dns, firewall, flows
 from jailmgr.network.nft import NftError
 from jailmgr.runtime import netlink
 from jailmgr.runtime.state import read_state
+from jailmgr.tenant_keys import may_be_used
 
 DEFAULT = "default"
 
@@ -311,7 +312,7 @@ def total_connections(tenant: Tenant) -> int | None:
     """
     if "limits.connections" in tenant.config:
         return int(tenant.config["limits.connections"])
-    return CONNECTIONS_MAX if tenant.config.get("users") or tenant.config.get("groups") else None
+    return CONNECTIONS_MAX if may_be_used(tenant.config) else None
 
 
 def limit_connections(m: Manager, jail: Jail) -> None:

@@ -181,6 +181,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         hostname=jail.name,
         uid=tenant.uid,
         idmap_base=jail.idmap_base,
+        idmap_size=jail.idmap_size,
         cgroup=cgroup_of(m.root, jail.tenant, jail.name),
         lower=f"{m.root.image(jail.image)}/rootfs",
         volume=m.root.volume(jail.tenant, jail.name),

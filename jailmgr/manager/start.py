@@ -51,7 +51,7 @@ def boot(m: Manager, jail: Jail) -> None:
     for port in ports_of(jail):
         check_host(port)
     claim_uid(m, jail.tenant)
-    jail = claim_idmap(m, jail)
+    jail = claim_idmap(m, jail, resize=not is_up(m, jail))
     renumber_if_old(m, jail)
     with ExitStack() as undo:
         networks.up(m, jail)

@@ -17,7 +17,6 @@ from jailmgr.runtime.cgroup_limits import IoLimit as IoLimit
 from jailmgr.runtime.cgroup_limits import Limits as Limits
 from jailmgr.runtime.jsonfile import read_json, write_json
 
-ID_SIZE = 65536
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "config.json"
 MANAGER = "jailmgr"
@@ -33,6 +32,7 @@ class Plan(NamedTuple):
     uid: int
     """The tenant's own host uid, which makes the user namespace."""
     idmap_base: int
+    idmap_size: int
     cgroup: str
     """ROOT/TENANT/JAIL, below each hierarchy's mount point."""
     lower: str
@@ -118,7 +118,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
     if plan.terminal:
         environment["TERM"] = "linux"
     environment |= plan.environment
-    mapping = [{"containerID": 0, "hostID": plan.idmap_base, "size": ID_SIZE}]
+    mapping = [{"containerID": 0, "hostID": plan.idmap_base, "size": plan.idmap_size}]
     annotations = {
         "tenant": plan.tenant,
         "jail": plan.jail,
