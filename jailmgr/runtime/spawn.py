@@ -18,7 +18,19 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, reaper, rootfs, shaping
+from jailmgr.runtime import (
+    apparmor,
+    capabilities,
+    cgroups,
+    lxcfs,
+    netlink,
+    process,
+    protocol,
+    reaper,
+    resolvers,
+    rootfs,
+    shaping,
+)
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -293,6 +305,8 @@ def _init(
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
     rootfs.populate(root, scratch, bundle, limits_view)
+    if payload is None:
+        resolvers.hand_out(root, bundle)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
