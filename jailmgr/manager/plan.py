@@ -22,6 +22,7 @@ from jailmgr.manager.nodes import nodes_of
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
+from jailmgr.network.dns import DOMAIN
 from jailmgr.network.shaping import shape_of
 from jailmgr.runtime import cgroups, devices, seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
@@ -172,6 +173,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         raise JailmgrError(f"jail {jail.full_name}", f"its image {jail.image[:12]} is gone", "", "missing")
     tenant = m.store.tenant(jail.tenant)
     shape = shape_of(m.root, tenant, jail)
+    networks = [(_network(m, jail.tenant, nic), nic) for nic in jail.nics]
     variables = {
         key.removeprefix("environment."): value for key, value in jail.config.items() if key.startswith("environment.")
     }
@@ -191,7 +193,9 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         stop_signal=image.recipe.stop_signal,
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
-        nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic, shape) for nic in jail.nics],
+        nics=[nic_plan(m.root, network, nic, shape) for network, nic in networks],
+        dns=[address.partition("/")[0] for network, _ in networks[:1] for address in (network.ipv4, network.ipv6)],
+        domain=DOMAIN,
         limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
         seccomp=seccomp_filter(m.root, socketcall=parse_bool(jail.config.get(SOCKETCALL, "false"))),
         apparmor=ensure_profile(m.root),

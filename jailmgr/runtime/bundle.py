@@ -49,6 +49,10 @@ class Plan(NamedTuple):
     terminal: bool = True
     nics: list[dict[str, Any]] = []
     """As netlink.attach takes them."""
+    dns: list[str] = []
+    """Addresses of the network's DNS servers."""
+    domain: str = ""
+    """Of the names that they know of the network's jails."""
     limits: Limits = Limits()
     seccomp: str = ""
     """File of the compiled `linux.seccomp` section; empty for none."""
@@ -129,6 +133,8 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "stop-timeout": str(plan.stop_timeout),
         "notify": json.dumps(plan.notify),
         "nics": json.dumps(plan.nics),
+        "dns": json.dumps(plan.dns),
+        "domain": plan.domain,
         "cpu-weight": json.dumps(plan.limits.cpu_weight),
         "seccomp": plan.seccomp,
         "lxcfs": plan.lxcfs,
@@ -230,6 +236,8 @@ class Bundle(NamedTuple):
     stop_timeout: int
     notify: bool
     nics: list[dict[str, Any]]
+    dns: list[str]
+    domain: str
     seccomp: str
     apparmor: str
     lxcfs: str
@@ -289,6 +297,8 @@ def _read(config: dict[str, Any]) -> Bundle:
         stop_timeout=int(own["stop-timeout"]),
         notify=json.loads(own["notify"]),
         nics=json.loads(own["nics"]),
+        dns=json.loads(own.get("dns", "[]")),
+        domain=own.get("domain", ""),
         seccomp=own["seccomp"],
         apparmor=process.get("apparmorProfile", ""),
         lxcfs=own.get("lxcfs", ""),

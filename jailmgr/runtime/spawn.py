@@ -28,6 +28,7 @@ from jailmgr.runtime import (
     process,
     protocol,
     reaper,
+    resolvers,
     rootfs,
     shaping,
 )
@@ -328,6 +329,8 @@ def _init(
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
     rootfs.populate(root, scratch, bundle, made, limits_view)
+    if payload is None:
+        resolvers.hand_out(root, bundle)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
