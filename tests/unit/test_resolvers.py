@@ -18,7 +18,7 @@ NIC = {
     "addresses": ["10.83.7.2/24", "fd42:1:2:3::2/64"],
     "gateways": ["10.83.7.1", "fd42:1:2:3::1"],
 }
-PLAN = Plan("t", "j", "j", 1000, 100000, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
+PLAN = Plan("t", "j", "j", 1000, 100000, 65536, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
 BUNDLE = read_bundle(compile_bundle(PLAN._replace(nics=[NIC], dns=SERVERS, domain="jailmgr")))
 OURS = resolvers.resolv_conf(SERVERS).decode()
 RESOLVED = "systemd/resolved.conf.d/zz-jailmgr.conf"
