@@ -47,7 +47,7 @@ def add_(
     """Add a device to a jail."""
     if device in look(settings, name)["devices"]:
         hint = f"Change it: jailmgr device set {name} {device} KEY=VALUE"
-        raise JailmgrError(f"device {device}", f"jail {name} has one of this name", hint, "exists")
+        raise JailmgrError(f"device {device}", f"already exists in {name}", hint, "exists")
     return change(settings, name, {}, {device: {"type": kind, **_keys(pairs)}})
 
 
@@ -70,6 +70,4 @@ def _keys(pairs: list[str]) -> dict[str, str]:
 def _check_there(settings: Settings, name: str, device: str) -> None:
     there: dict[str, Any] = look(settings, name)["devices"]
     if device not in there:
-        raise JailmgrError(
-            f"device {device}", f"jail {name} does not have it", f"See: jailmgr device list {name}", "missing"
-        )
+        raise JailmgrError(f"device {device}", f"not found in {name}", f"See: jailmgr device list {name}", "missing")
