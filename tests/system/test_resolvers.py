@@ -67,6 +67,7 @@ def test_a_full_disk_keeps_no_jail_from_starting(jm: Instance, busybox_jail: Mak
     jm.sh(
         name, "dd if=/dev/urandom of=/fill bs=64k count=400; dd if=/dev/urandom of=/fill2 bs=4k count=400; sync", None
     )
+    jm.sh(name, "echo x >/more", 1)
     jm("restart", "--force", name)
     assert "\nDNS=" in jm.exec(name, "cat", RESOLVED).out
     assert jm.sh(name, "ls -a /etc | grep resolv").out == "resolv.conf\n"
