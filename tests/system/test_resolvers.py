@@ -67,33 +67,46 @@ def test_a_full_disk_keeps_no_jail_from_starting(jm: Instance, busybox_jail: Mak
     jm.sh(
         name, "dd if=/dev/urandom of=/fill bs=64k count=400; dd if=/dev/urandom of=/fill2 bs=4k count=400; sync", None
     )
+    jm.sh(name, "echo x >/more", 1)
     jm("restart", "--force", name)
     assert "\nDNS=" in jm.exec(name, "cat", RESOLVED).out
     assert jm.sh(name, "ls -a /etc | grep resolv").out == "resolv.conf\n"
     jm.sh(name, "rm /fill; sync")
 
 
-def test_debian_resolves_names_whatever_is_installed(jm: Instance, debian_jail: MakeJail) -> None:
+def test_debian_resolves_names_whatever_is_installed(
+    jm: Instance, debian_jail: MakeJail, busybox_jail: MakeJail
+) -> None:
     """systemd-resolved, openresolv and resolvconf, as a user installs them: at once, after a start, after a VPN."""
-    name, other = debian_jail(), debian_jail()
-    address = jm.info(other)["ipv4"]
+    name, other = debian_jail(), busybox_jail()
     own = gateways(jm, name)
-    jm("exec", name, "--", "apt-get", "update", "-q", within=200)
-    for package in ("systemd-resolved", "openresolv", "resolvconf"):
-        install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", package]
-        jm("exec", name, "-e", "DEBIAN_FRONTEND=noninteractive", "--", *install, within=200)
-        assert address in jm.exec(name, "getent", "ahostsv4", other).out, package
-        jm("restart", "--force", name, "--wait")
-        assert address in jm.exec(name, "getent", "ahostsv4", other).out, package
-        if package == "systemd-resolved":
-            assert "stub-resolv.conf" in jm.exec(name, "readlink", "/etc/resolv.conf").out
-            jm("exec", name, "--", "apt-get", "purge", "-q", "-y", package, within=200)
-            continue
-        # As wg-quick(8) does with DNS=: the VPN's server comes first, and goes again.
+
+    def install(*packages: str) -> None:
+        command = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *packages]
+        jm("exec", name, "-e", "DEBIAN_FRONTEND=noninteractive", "--", *command, within=200)
+        resolves()
+
+    def resolves() -> None:
+        assert jm.info(other)["ipv4"] in jm.exec(name, "getent", "ahostsv4", other).out
+
+    def vpn_comes_and_goes() -> None:
+        """As wg-quick(8) does with DNS=."""
         jm.sh(name, "echo nameserver 192.0.2.53 | resolvconf -a tun.wg0 -m 0 -x")
-        assert servers(jm, name)[0] == "192.0.2.53", package
+        assert servers(jm, name)[0] == "192.0.2.53"
         jm.sh(name, "resolvconf -d tun.wg0 -f")
-        assert servers(jm, name) == own, package
+        assert servers(jm, name) == own
+
+    jm("exec", name, "--", "apt-get", "update", "-q", within=200)
+    install("systemd-resolved")
+    jm("restart", "--force", name, "--wait")
+    assert "stub-resolv.conf" in jm.exec(name, "readlink", "/etc/resolv.conf").out
+    resolves()
+    install("openresolv", "systemd-resolved-")
+    vpn_comes_and_goes()
+    install("resolvconf")
+    jm("restart", "--force", name, "--wait")
+    resolves()
+    vpn_comes_and_goes()
 
 
 def servers(jm: Instance, name: str) -> list[str]:
