@@ -76,6 +76,15 @@ def test_subordinate_ids_of_the_jails_users(jm: Instance, jail: str) -> None:
     assert told == [["0", "1000", "1"], ["1", "100000", "65536"], ["65535"], ["165534:165534"]]
 
 
+def test_debians_useradd(jm: Instance, debian_jail: MakeJail) -> None:
+    name = debian_jail(start=False)
+    jm("start", name)
+    jm.sh(name, "useradd one && useradd -m -u 200000 far && useradd two")
+    assert jm.sh(name, "cat /etc/subuid").out == "one:100000:65536\ntwo:165536:65536\n"
+    assert jm.sh(name, "su far -c 'id -u; touch ~/f; stat -c %u:%g ~/f'").out == "200000\n200000:1001\n"
+    jm.sh(name, "chown 231071:231071 /root")
+
+
 def test_the_key_holds_from_the_next_start_on(jm: Instance, busybox_jail: MakeJail) -> None:
     """A reboot from inside, for which no engine is asked, is none: config.json keeps the range that is claimed."""
     name = busybox_jail("-c", f"{SIZE}=65536")

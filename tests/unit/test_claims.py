@@ -287,7 +287,7 @@ def test_parts_of_a_lost_range_are_not_in_the_way_of_its_jail(
     monkeypatch.setattr(claims, "_in_use", lambda: iter(lost))
     assert claims.claim_idmap(two, "1", None, IDS) == FIRST_RANGE + IDS + claims.RANGE
     assert claims.claim_idmap(one, "1", FIRST_RANGE, IDS, IDS) == FIRST_RANGE
-    assert code_of(claims.claim_idmap, one, "1", FIRST_RANGE, 2 * IDS, IDS) == "conflict"
+    assert code_of(claims.claim_idmap, one, "1", FIRST_RANGE, IDS + claims.RANGE, IDS) == "conflict"
 
 
 def test_lost_claims_of_others_are_not_in_the_hosts_own_way(
