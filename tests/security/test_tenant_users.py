@@ -154,11 +154,13 @@ def test_what_is_roots_alone(jm: Instance, tenant: str) -> None:
             ("PATCH", f"/1.0/projects/{tenant}"),
         ):
             assert ask(sock, method, path, {})["error_code"] == 403
-        for device in ({"type": "disk", "source": "/etc", "path": "/mnt"}, {"type": "unix-char", "source": "/dev/mem"}):
-            assert (
-                ask(sock, "PATCH", f"/1.0/instances/web?project={tenant}", {"devices": {"x": device}})["error_code"]
-                == 400
-            )
+        for device, status in (
+            ({"type": "disk", "source": "/etc", "path": "/mnt"}, 400),
+            ({"type": "unix-char", "source": "/dev/mem"}, 403),
+            ({"type": "unix-block", "source": "/dev/vda"}, 403),
+        ):
+            body = {"devices": {"x": device}}
+            assert ask(sock, "PATCH", f"/1.0/instances/web?project={tenant}", body)["error_code"] == status
         other = {"tenant": "default", "jail": "web", "host_port": 18083, "port": 80}
         assert ask(sock, "POST", f"/1.0/ports?project={tenant}", other)["error_code"] == 404
     assert jm.json("tenant", "show", tenant)["config"] == {"users": ALICE, "limits.instances": "3"}
