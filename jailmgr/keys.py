@@ -18,6 +18,7 @@ from jailmgr.key_checks import (
     Key,
     allowance,
     at_least,
+    base64,
     bit_rate,
     check_value,
     free_text,
@@ -36,6 +37,11 @@ MEMORY_MIN = 4 << 20
 """Less than this no init survives its own exec."""
 CONNECTIONS = 4096
 """`limits.connections` of a jail where it isn't set: a hundredth or so of what a host can keep (nf_conntrack_max)."""
+IDS_MIN, IDS_MAX = 65536, 0x7FFF0000
+"""systemd and distributions take ids up to 65534 for granted (https://systemd.io/UIDS-GIDS). The most is the larger
+region of claims.py: no id in a jail is 2^31 or above, which many programs take for negative."""
+IDS = 1 << 20
+"""`security.idmap.size` where it isn't set; docs/architecture.md has the arithmetic."""
 CONNECTIONS_MAX = 16384
 """The kernel goes through all that it has counted as it counts another: 2 ms for so many, 25 for four times as many."""
 
@@ -43,6 +49,8 @@ SOCKETCALL = "security.syscalls.allow_socketcall"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9._-]{1,255}\Z", re.ASCII)
+_CREDENTIAL = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9@._+,~\\-]{1,255}\Z", re.ASCII)
+"""A file's name without a colon (systemd's credential_name_valid)."""
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", re.ASCII)
 
 
@@ -98,11 +106,34 @@ CONFIG: dict[str, Key] = {
         "of sockets is open for the jail then (docs/security.md). Only root may set it.",
         root=True,
     ),
+    "security.idmap.isolated": Key(
+        one_of("true"), True, "No two jails of a host have an id of the host in common: it is always true."
+    ),
+    "security.idmap.size": Key(
+        whole(IDS_MIN, IDS_MAX),
+        False,
+        f"Number of user and group ids the jail has, from 0 on; where it isn't set, {IDS}.",
+    ),
 }
-"""Keys by name. `environment.NAME` and `user.ANYTHING` besides (`PREFIXES`)."""
+"""Keys by name. `PREFIXES` has those with a name of the user's in them."""
+
+TEXT_CREDENTIAL, BINARY_CREDENTIAL = "systemd.credential.", "systemd.credential-binary."
+
+REFUSED = {
+    "security.idmap.base": (
+        "the host's ids of a jail are chosen anew wherever it starts, so that no two jails have one in common",
+        "security.idmap.size sets how many there are; owners of files are kept as they are in the jail.",
+    )
+}
+"""Why a key of LXD's is not one here, and a hint."""
 
 PREFIXES: dict[str, tuple[re.Pattern[str], Key]] = {
     "environment.": (_VARIABLE, Key(free_text, False, "A variable of init's environment and of what is exec'd.")),
+    TEXT_CREDENTIAL: (
+        _CREDENTIAL,
+        Key(free_text, False, "A credential for systemd in the jail, as text; `-` reads it from stdin.", secret=True),
+    ),
+    BINARY_CREDENTIAL: (_CREDENTIAL, Key(base64, False, "The same in base64, for one that is not text.", secret=True)),
     "user.": (_USER, Key(free_text, True, "Free text of yours.")),
 }
 
@@ -134,6 +165,9 @@ def find_key(name: str) -> Key:
     """The configuration key of a name; JailmgrError `invalid` with the nearest one where there is none."""
     if name in CONFIG:
         return CONFIG[name]
+    if name in REFUSED:
+        why, hint = REFUSED[name]
+        raise JailmgrError(f"key {name!r}", why, hint, "invalid")
     for prefix, (pattern, key) in PREFIXES.items():
         if name.startswith(prefix):
             if not pattern.match(name[len(prefix) :]):
@@ -146,7 +180,11 @@ def find_key(name: str) -> Key:
 def check_config(config: Mapping[str, str]) -> None:
     """Refuse unknown keys and bad values (JailmgrError `invalid`)."""
     for name, value in config.items():
-        check_value(find_key(name), f"{name}={value}", value)
+        key = find_key(name)
+        check_value(key, name if key.secret else f"{name}={value}", value)
+    for name in config:
+        if name.startswith(TEXT_CREDENTIAL) and (twin := BINARY_CREDENTIAL + name[len(TEXT_CREDENTIAL) :]) in config:
+            raise JailmgrError(f"key {name}", f"{twin} is set too", "Unset one of the two.", "invalid")
 
 
 def check_devices(devices: Mapping[str, Mapping[str, str]]) -> None:

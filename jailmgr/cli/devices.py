@@ -11,8 +11,8 @@ from jailmgr.cli.configuration import change, look
 from jailmgr.cli.jails import Name
 from jailmgr.cli.output import show, table
 from jailmgr.cli.request import split_pair
-from jailmgr.cli.settings import Settings, split_name
-from jailmgr.errors import JailmgrError, full_name
+from jailmgr.cli.settings import Settings
+from jailmgr.errors import JailmgrError
 
 DeviceName = Annotated[str, typer.Argument(metavar="DEVICE", help="The device's name.")]
 Pairs = Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="Keys of the device and their values.")]
@@ -46,9 +46,8 @@ def add_(
 ) -> int:
     """Add a device to a jail."""
     if device in look(settings, name)["devices"]:
-        jail = full_name(*split_name(settings, name))
-        hint = f"Change it: jailmgr device set {jail} {device} KEY=VALUE"
-        raise JailmgrError(f"device {device} of {jail}", "already exists", hint, "exists")
+        hint = f"Change it: jailmgr device set {name} {device} KEY=VALUE"
+        raise JailmgrError(f"device {device}", f"already exists in {name}", hint, "exists")
     return change(settings, name, {}, {device: {"type": kind, **_keys(pairs)}})
 
 
@@ -71,5 +70,4 @@ def _keys(pairs: list[str]) -> dict[str, str]:
 def _check_there(settings: Settings, name: str, device: str) -> None:
     there: dict[str, Any] = look(settings, name)["devices"]
     if device not in there:
-        jail = full_name(*split_name(settings, name))
-        raise JailmgrError(f"device {device} of {jail}", "not found", f"See: jailmgr device list {jail}", "missing")
+        raise JailmgrError(f"device {device}", f"not found in {name}", f"See: jailmgr device list {name}", "missing")

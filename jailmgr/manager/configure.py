@@ -52,21 +52,27 @@ def configure(
         _check(m, old, new, up)
         with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)
+            moves = _nic(old) != _nic(new)
+            if moves:
+                networks.leave(m, old)
+                undo.callback(networks.refresh_names_of, m, old)
             with m.store.transaction():
                 m.store.update(new)
                 m.store.set_ports(new, ports_of(new))
                 admit(m, new, old)
-                if _nic(old) != _nic(new):
+                if moves:
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
-            undo.callback(_put_back, m, old)
+            undo.callback(_put_back, m, old, moves)
             write = write_bundle if up else renew_kept
             undo.callback(write, m, old)
             write(m, new)
-            if runs:
-                _apply_ports(m, old, new, undo)
+            _apply_ports(m, old, new, runs, undo)
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
+            if moves:
+                undo.callback(networks.refresh_names_of, m, new)
+                networks.refresh_names_of(m, old, new)
             if networks.connections_of(old) != networks.connections_of(new):
                 undo.callback(networks.limit_connections, m, old)
                 networks.limit_connections(m, new)
@@ -157,23 +163,27 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
         cgroups.set_limits(m.hierarchies, cgroup, cgroups.Limits(*after))
 
 
-def _apply_ports(m: Manager, old: Jail, new: Jail, undo: ExitStack) -> None:
+def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) -> None:
+    """Publish and unpublish what differs. A jail that has just ended may still have ports on the host."""
     before, after = ports_of(old), ports_of(new)
     with m.network_lock:
-        for port in before:
+        for port in before if runs else networks.ports_left(m, old):
             if port not in after:
-                undo.callback(networks.publish_port, m, old, port)
+                if runs:
+                    undo.callback(networks.publish_port, m, old, port)
                 networks.unpublish_port(m, old, port)
-        for port in after:
+        for port in after if runs else ():
             if port not in before:
                 networks.publish_port(m, new, port)
                 undo.callback(networks.unpublish_port, m, new, port)
 
 
-def _put_back(m: Manager, old: Jail) -> None:
+def _put_back(m: Manager, old: Jail, moved: bool) -> None:
     with m.store.transaction():
         m.store.update(old)
         m.store.set_ports(old, ports_of(old))
+        if moved:
+            networks.keep_nics(m, old)
 
 
 def rename(m: Manager, tenant: str, name: str, new: str) -> None:
@@ -222,7 +232,4 @@ def finish_rename(m: Manager, row: Row) -> None:
         replace_files(upper, render_files(m, old, image), render_files(m, new, image))
         write_bundle(m, new, stopped=True)
     m.store.set_name(old, name)
-    for nic in old.nics:
-        network = m.store.find_network(old.tenant, nic.network)
-        if network is not None:
-            networks.refresh_names(m, network)
+    networks.refresh_names_of(m, old)

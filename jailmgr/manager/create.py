@@ -166,9 +166,11 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     jail = claim_idmap(m, jail)
     tenant = m.store.tenant(jail.tenant)
     hold_volumes(m, tenant)
-    create_volume(m.pool, jail.tenant, tenant.id, jail.name, jail.id, disk_of(jail.devices))
+    lower = f"{m.root.image(image.fingerprint)}/rootfs"
+    create_volume(m.pool, jail.tenant, tenant.id, jail.name, jail.id, disk_of(jail.devices), [lower])
+    m.make_ahead(image.fingerprint)
     upper = f"{m.root.volume(jail.tenant, jail.name)}/upper"
-    write_files(upper, f"{m.root.image(image.fingerprint)}/rootfs", render_files(m, jail, image))
+    write_files(upper, lower, render_files(m, jail, image))
     os.makedirs(m.root.jail_lib(jail.tenant, jail.name), mode=0o700, exist_ok=True)
     if cancelled():
         raise CancelledError(f"jail {jail.full_name}")
@@ -176,9 +178,7 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     claim_uid(m, jail.tenant)
     write_bundle(m, jail, stopped=True)
     m.store.set_state(jail, READY)
-    for network in {nic.network for nic in jail.nics}:
-        if found := m.store.find_network(jail.tenant, network):
-            networks.refresh_names(m, found)
+    networks.refresh_names_of(m, jail)
     return jail
 
 

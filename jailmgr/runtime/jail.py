@@ -12,7 +12,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, devices, fuse, netlink, process, protocol, spawn
+from jailmgr.runtime import cgroups, devices, fuse, netlink, process, protocol, spawn, stop_signal
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
 from jailmgr.runtime.console import Console, Log, Watcher
@@ -76,6 +76,7 @@ class Jail:
         self._reaped = False
         self._reap_timer: Timer | None = None
         self.kill_timer: Timer | None = None
+        self.stop_request: stop_signal.Request | None = None
         self.start_timer: Timer | None = None
         self.tries = 0
         self.restarts = 0
@@ -251,11 +252,23 @@ class Jail:
             self._kill()
             return
         cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
-        try:
-            signal.pidfd_send_signal(self.pidfd, number)
-        except ProcessLookupError:
-            return
+        self.ask(number)
         self.kill_after(timeout)
+
+    def ask(self, number: int) -> None:
+        """Send init a signal, as soon as init takes it."""
+        if self.state is not None:
+            self._take_back()
+            self.stop_request = stop_signal.Request(self.host.loop, self.state.pid, number, self._send)
+
+    def _send(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def _take_back(self) -> None:
+        if self.stop_request is not None:
+            self.stop_request.cancel()
+            self.stop_request = None
 
     def _kill(self) -> None:
         """Kill process 1, which takes all of its pid namespace along (pid_namespaces(7)), and all of the jail's groups.
@@ -264,6 +277,7 @@ class Jail:
         goes on once the tracer is gone.
         """
         self.kill_timer = None
+        self._take_back()
         if self.running:
             self.killed = True
             self.host.loop.after(KILL_SECONDS, partial(self._outlives_kill, self.state))
@@ -330,6 +344,7 @@ class Jail:
         told["timed_out"] = self.timed_out and killed
         self.host.loop.forget(self.pidfd)
         os.close(self.pidfd)
+        self._take_back()
         if self.kill_timer is not None:
             self.kill_timer.cancel()
             self.kill_timer = None

@@ -7,7 +7,6 @@ by fd, so that no path in the jail's (untrusted) tree is ever followed out of it
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from jailmgr.runtime import lxcfs, protocol
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
 from jailmgr.runtime.devices import Node
-from jailmgr.runtime.notify import refuse_fds
 from jailmgr.runtime.pty import Pty, open_pty
 
 _ATTRIBUTES = {
@@ -33,8 +31,6 @@ _LINKS = {
     "stderr": "/proc/self/fd/2",
     "ptmx": "pts/ptmx",
 }
-NOTIFY = "/run/host/notify"
-"""Where init tells that it is up; the path is the container interface's of systemd."""
 
 
 def idmap(path: str, userns_fd: int, read_only: bool) -> int:
@@ -123,16 +119,12 @@ def open_console(root: int) -> Pty:
     return pty
 
 
-def open_notify(root: int) -> int:
-    """A datagram socket at `NOTIFY` (sd_notify(3)); the fd of its receiving end."""
-    folder, name = os.path.split(NOTIFY)
-    place = _directory(root, folder.lstrip("/"))
-    os.fchdir(place)
-    os.close(place)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    refuse_fds(sock)
-    sock.bind(name)
-    return sock.detach()
+def attach(root: int, mount: int, path: str) -> None:
+    """Attach a detached mount, which is closed, at a directory that is made where it is missing."""
+    target = _directory(root, path.lstrip("/"))
+    kernel.move_mount(mount, target)
+    os.close(target)
+    os.close(mount)
 
 
 def enter(root: int) -> None:

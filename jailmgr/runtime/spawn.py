@@ -28,13 +28,15 @@ from jailmgr.runtime import (
     process,
     protocol,
     reaper,
+    resolvers,
     rootfs,
     shaping,
 )
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
-from jailmgr.runtime.pty import check_master, make_controlling
+from jailmgr.runtime.pty import check_master
+from jailmgr.runtime.run_host import RUN_HOST, RunHost, make_run_host
 
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
@@ -125,15 +127,20 @@ def spawn(
     finally:
         theirs.close()
         protocol.close_all(tasks if leaf is None else [leaf, *tasks])
+    host: RunHost | None = None
     try:
-        _lead(ours, pid, bundle, nodes)
+        if payload is None:
+            host = make_run_host(bundle)
+        _lead(ours, pid, bundle, nodes, host)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
-        return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
+        return Spawned(pid, os.pidfd_open(pid), ours, console, None if host is None else host.notify)
     except BaseException as error:
+        if host is not None and host.notify is not None:
+            os.close(host.notify)
         said = _abandon(ours, pid)
         for nic in bundle.nics:
             netlink.detach(nic["veth"])
@@ -153,16 +160,22 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node]) -> None:
-    """Our side of the child's way into its namespaces: its ids, its layers, its devices, its network."""
-    mounts = _map(pid, bundle)
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node], host: RunHost | None) -> None:
+    """Our side of the child's way into its namespaces: its ids, its mounts, its network. The mount in `host` is closed.
+
+    The child receives `host`'s mount first, then its layers, its devices, and last what lxcfs shows, where there are
+    these.
+    """
+    mounts = [] if host is None else [host.mount]
     try:
+        mounts += _map(pid, bundle)
         if nodes:
             mounts.append(devices.make(nodes, bundle.idmap_base, bundle.idmap_size))
         limits_view = lxcfs.open_whole(bundle.lxcfs)
         if limits_view is not None:
             mounts.append(limits_view)
-        protocol.send(ours, {"limits_view": limits_view is not None}, mounts)
+        environment = None if host is None else host.environment
+        protocol.send(ours, {"limits_view": limits_view is not None, "environment": environment}, mounts)
     finally:
         protocol.close_all(mounts)
     if bundle.nics:
@@ -303,7 +316,8 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    layers = said.fds
+    layers, environment = said.fds, said.body["environment"]
+    host = layers.pop(0) if environment is not None else None
     limits_view = layers.pop() if said.body["limits_view"] else None
     made = rootfs.Nodes(layers.pop(), nodes) if nodes else None
     os.setresgid(0, 0, 0)
@@ -315,14 +329,14 @@ def _init(
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
     rootfs.populate(root, scratch, bundle, made, limits_view)
+    if payload is None:
+        resolvers.hand_out(root, bundle)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
         shown.append(console.master)
-    env = dict(bundle.env)
-    if bundle.notify and payload is None:
-        shown.append(rootfs.open_notify(root))
-        env["NOTIFY_SOCKET"] = rootfs.NOTIFY
+    if host is not None:
+        rootfs.attach(root, host, RUN_HOST)
     rootfs.enter(root)
     protocol.send(sock, {"step": "mounted"}, shown)
     _go(sock)
@@ -336,15 +350,21 @@ def _init(
     process.set_limits(bundle.rlimits)
     process.become(bundle.capabilities, bpf)
     apparmor.at_exec(bundle.apparmor, proc)
-    process.execute(bundle.args, env)
+    process.execute(bundle.args, bundle.env | environment)
 
 
 def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
-    if slave is not None:
-        make_controlling(slave)
-        return
+    """Put the console, `stdio` or /dev/null on fds 0 to 2, in a session of its own that has no controlling terminal.
+
+    The kernel starts process 1 so too (init/main.c, console_on_rootfs). A terminal is that of one session alone
+    (ioctl_tty(2), TIOCSCTTY), and the one that needs the console is a getty's.
+    """
     os.setsid()
-    # Without any it gets /dev/null, and never the supervisor's own log.
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if stdio is None else -1
-    for target, fd in enumerate(stdio or (null, null, null)):
+    if slave is not None:
+        stdio = Stdio(slave, slave, slave)
+    elif stdio is None:
+        # Never the supervisor's own log.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stdio = Stdio(null, null, null)
+    for target, fd in enumerate(stdio):
         os.dup2(fd, target)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from jailmgr.keys import IDS
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, alive
 
@@ -50,7 +51,7 @@ def test_no_two_jails_have_an_id_in_common(jm: Instance, busybox_jail: MakeJail,
     jm("launch", "busybox", names[-1])
     ranges = sorted(uid_map(jm, name)[1:] for name in names)
     for (base, count), (after, _) in pairwise(ranges):
-        assert count == 65536
+        assert count == IDS
         assert base + count <= after
     owners = [owner_of_userns(jm, name) for name in names]
     assert owners[0] == owners[1] != owners[2]

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from jailmgr.keys import IDS, IDS_MAX
 from jailmgr.runtime import doorkeeper, protocol
+from jailmgr.tenant_keys import IDS_OF_USERS
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, Result, until
 from tests.system.users import ALICE, BOB, GROUP, alices_tenant, as_user, ask, connected, run_as, session
@@ -57,6 +59,17 @@ def test_a_user_manages_the_jails_of_the_tenant(jm: Instance, tenant: str) -> No
     alice("create", "busybox", "third")
     assert "limits.instances is 3" in alice("create", "busybox", "fourth", status=1).err
     alice("delete", "--force", "mine")
+
+
+def test_the_hosts_ids_are_not_all_theirs(jm: Instance, tenant: str) -> None:
+    """Mechanism: admission counts the ids of a tenant's jails; without `limits.ids` a user's tenant has a ninth."""
+    for argv in (
+        ("launch", "busybox", f"{tenant}/all", "-c", f"security.idmap.size={IDS_MAX}"),
+        ("set", f"{tenant}/web", f"security.idmap.size={IDS_OF_USERS + 1}"),
+    ):
+        refused = run_as(jm, ALICE, *argv, status=1)
+        assert f"limits.ids is {IDS_OF_USERS}: {IDS} are used" in refused.err
+    assert run_as(jm, ALICE, "tenant", "set", tenant, "limits.ids=4294967295", status=None).status in (1, 2)
 
 
 def test_nothing_of_another_tenant_is_there(jm: Instance, tenant: str, busybox_jail: MakeJail) -> None:

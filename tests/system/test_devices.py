@@ -114,8 +114,8 @@ def test_two_devices_share_no_path(jm: Instance, busybox_jail: MakeJail) -> None
     refused = jm.refused("device", "add", name, "b", "unix-char", "path=/dev/x", "major=1", "minor=11", status=2)
     assert "device b: /dev/x is device a already" in refused.err
     again = jm.refused("device", "add", name, "a", "unix-char", "path=/dev/y", "major=1", "minor=11")
-    assert f"Error: device a of default/{name}: already exists" in again.err
-    assert f"Error: device b of default/{name}: not found" in jm.refused("device", "remove", name, "b").err
+    assert f"Error: device a: already exists in {name}" in again.err
+    assert f"not found in {name}" in jm.refused("device", "remove", name, "b").err
 
 
 def test_an_owner_that_is_none_of_the_jails_ids_is_refused(jm: Instance, busybox_jail: MakeJail) -> None:
