@@ -196,13 +196,13 @@ def _new_boot_id(root: int, scratch: int) -> None:
     _cover(kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE), "boot_id", scratch)
 
 
-def _show_limits(root: int, scratch: int, limits_view: int, files: tuple[str, ...]) -> None:
+def _show_limits(root: int, scratch: int, limits_view: int, paths: tuple[str, ...]) -> None:
     """The whole of lxcfs goes where nobody sees it, for only what is mounted here can be cloned in part."""
     os.mkdir("lxcfs", 0o700, dir_fd=scratch)
     kernel.move_mount(limits_view, scratch, "lxcfs")
     os.close(limits_view)
-    for name in files:
-        cover, target = lxcfs.open_file(name, scratch, "lxcfs"), _find(root, f"proc/{name}")
+    for path in paths:
+        cover, target = lxcfs.open_file(path, scratch, "lxcfs"), _find(root, path)
         if cover is not None and target is not None:
             kernel.move_mount(cover, target)
         protocol.close_all([fd for fd in (cover, target) if fd is not None])
