@@ -13,7 +13,7 @@ import stat
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import lxcfs, protocol
 from jailmgr.runtime import syscalls as kernel
-from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
+from jailmgr.runtime.bundle import DEVICES, UNCOVERED, Bundle, Mount
 from jailmgr.runtime.notify import refuse_fds
 from jailmgr.runtime.pty import Pty, open_pty
 
@@ -148,7 +148,7 @@ def _directory(root: int, path: str) -> int:
     except FileNotFoundError:
         parent = _directory(root, os.path.dirname(path))
         try:
-            os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
+            os.mkdir(os.path.basename(path), 0o700 if f"/{path}" == UNCOVERED else 0o755, dir_fd=parent)
         finally:
             os.close(parent)
         return kernel.openat2(root, path, flags, _INSIDE)
