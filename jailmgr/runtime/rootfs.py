@@ -128,7 +128,9 @@ def enter(root: int) -> None:
     """Make it the root, and let go of the host's (pivot_root(2), the "." form).
 
     The host's lies on it then, and goes with all that is mounted in it. setns(2) enters at the topmost mount, so
-    JailmgrError unless that is the jail's own.
+    JailmgrError unless that is the jail's own. All mounts of the jail are shared at the end: systemd in a container
+    expects it of its manager, and mounts credentials, extensions and homes in a process with a slave of the tree.
+    Each is the only one of its peer group (mount_namespaces(7)), for it was private before, and the host's are gone.
     """
     os.fchdir(root)
     kernel.pivot_root(".", ".")
@@ -136,6 +138,7 @@ def enter(root: int) -> None:
     os.chdir("/")
     if not os.path.samestat(os.stat("/.."), os.fstat(root)):
         raise JailmgrError("start", "another mount lies on the jail's root")
+    kernel.mount_propagation(kernel.MS_SHARED)
 
 
 def _directory(root: int, path: str) -> int:
