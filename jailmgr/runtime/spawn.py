@@ -18,11 +18,25 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, reaper, rootfs, shaping
+from jailmgr.runtime import (
+    apparmor,
+    capabilities,
+    cgroups,
+    devices,
+    lxcfs,
+    netlink,
+    process,
+    protocol,
+    reaper,
+    resolvers,
+    rootfs,
+    shaping,
+)
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
-from jailmgr.runtime.pty import check_master, make_controlling
+from jailmgr.runtime.pty import check_master
+from jailmgr.runtime.run_host import RUN_HOST, RunHost, make_run_host
 
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
@@ -63,14 +77,14 @@ class Payload(NamedTuple):
     fds: list[int]
 
 
-def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
+def make_groups(hierarchies: Hierarchies, bundle: Bundle, nodes: list[devices.Node]) -> None:
     """The jail's cgroups, below its tenant's, held to its devices: v1's rules deny all before they allow, and by then
     process 1 may be opening its console.
     """
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
     cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
-    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+    cgroups.device_rules(hierarchies, bundle.cgroup, [*cgroups.DEFAULT_DEVICES, *devices.rules(nodes)])
 
 
 def spare(pid: int, oom_score_adj: int) -> None:
@@ -88,14 +102,15 @@ def spawn(
     bundle: Bundle,
     hierarchies: Hierarchies,
     bpf: bytes,
+    nodes: list[devices.Node],
     stdio: Stdio | None = None,
     payload: Payload | None = None,
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> Spawned:
     """Build a jail up to the point where only the exec is missing.
 
-    The jail's cgroups are there. `meanwhile` is called with the child's pid while that mounts. Raises JailmgrError with
-    the step that failed; nothing is left of the attempt then.
+    The jail's cgroups are there. `nodes`: those of make_groups. `meanwhile` is called with the child's pid while that
+    mounts. Raises JailmgrError with the step that failed; nothing is left of the attempt then.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
@@ -104,7 +119,7 @@ def spawn(
         with capabilities.effective_uid(bundle.uid):
             pid = kernel.fork_into(leaf, _NAMESPACES)
             if pid == 0:
-                work = partial(_init, theirs, tasks, bundle, bpf, stdio, payload)
+                work = partial(_init, theirs, tasks, bundle, bpf, nodes, stdio, payload)
                 process.trap("start", partial(protocol.send, theirs), work)
     except OSError as error:
         ours.close()
@@ -112,15 +127,20 @@ def spawn(
     finally:
         theirs.close()
         protocol.close_all(tasks if leaf is None else [leaf, *tasks])
+    host: RunHost | None = None
     try:
-        _lead(ours, pid, bundle)
+        if payload is None:
+            host = make_run_host(bundle)
+        _lead(ours, pid, bundle, nodes, host)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
-        return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
+        return Spawned(pid, os.pidfd_open(pid), ours, console, None if host is None else host.notify)
     except BaseException as error:
+        if host is not None and host.notify is not None:
+            os.close(host.notify)
         said = _abandon(ours, pid)
         for nic in bundle.nics:
             netlink.detach(nic["veth"])
@@ -140,16 +160,24 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
-    """Our side of the child's way into its namespaces: its ids, its layers, its network."""
-    layers = _map(pid, bundle)
-    limits_view = lxcfs.open_whole(bundle.lxcfs)
-    if limits_view is not None:
-        layers.append(limits_view)
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node], host: RunHost | None) -> None:
+    """Our side of the child's way into its namespaces: its ids, its mounts, its network. The mount in `host` is closed.
+
+    The child receives `host`'s mount first, then its layers, its devices, and last what lxcfs shows, where there are
+    these.
+    """
+    mounts = [] if host is None else [host.mount]
     try:
-        protocol.send(ours, {"limits_view": limits_view is not None}, layers)
+        mounts += _map(pid, bundle)
+        if nodes:
+            mounts.append(devices.make(nodes, bundle.idmap_base, bundle.idmap_size))
+        limits_view = lxcfs.open_whole(bundle.lxcfs)
+        if limits_view is not None:
+            mounts.append(limits_view)
+        environment = None if host is None else host.environment
+        protocol.send(ours, {"limits_view": limits_view is not None, "environment": environment}, mounts)
     finally:
-        protocol.close_all(layers)
+        protocol.close_all(mounts)
     if bundle.nics:
         netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -269,7 +297,13 @@ def _go(sock: socket.socket) -> protocol.Message:
 
 
 def _init(
-    sock: socket.socket, tasks: list[int], bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None
+    sock: socket.socket,
+    tasks: list[int],
+    bundle: Bundle,
+    bpf: bytes,
+    nodes: list[devices.Node],
+    stdio: Stdio | None,
+    payload: Payload | None,
 ) -> None:
     """Process 1, from its clone to its exec."""
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -282,8 +316,10 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    layers = said.fds
+    layers, environment = said.fds, said.body["environment"]
+    host = layers.pop(0) if environment is not None else None
     limits_view = layers.pop() if said.body["limits_view"] else None
+    made = rootfs.Nodes(layers.pop(), nodes) if nodes else None
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
@@ -292,15 +328,15 @@ def _init(
     kernel.mount_propagation(kernel.MS_PRIVATE)
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
-    rootfs.populate(root, scratch, bundle, limits_view)
+    rootfs.populate(root, scratch, bundle, made, limits_view)
+    if payload is None:
+        resolvers.hand_out(root, bundle)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
         shown.append(console.master)
-    env = dict(bundle.env)
-    if bundle.notify and payload is None:
-        shown.append(rootfs.open_notify(root))
-        env["NOTIFY_SOCKET"] = rootfs.NOTIFY
+    if host is not None:
+        rootfs.attach(root, host, RUN_HOST)
     rootfs.enter(root)
     protocol.send(sock, {"step": "mounted"}, shown)
     _go(sock)
@@ -314,15 +350,21 @@ def _init(
     process.set_limits(bundle.rlimits)
     process.become(bundle.capabilities, bpf)
     apparmor.at_exec(bundle.apparmor, proc)
-    process.execute(bundle.args, env)
+    process.execute(bundle.args, bundle.env | environment)
 
 
 def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
-    if slave is not None:
-        make_controlling(slave)
-        return
+    """Put the console, `stdio` or /dev/null on fds 0 to 2, in a session of its own that has no controlling terminal.
+
+    The kernel starts process 1 so too (init/main.c, console_on_rootfs). A terminal is that of one session alone
+    (ioctl_tty(2), TIOCSCTTY), and the one that needs the console is a getty's.
+    """
     os.setsid()
-    # Without any it gets /dev/null, and never the supervisor's own log.
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if stdio is None else -1
-    for target, fd in enumerate(stdio or (null, null, null)):
+    if slave is not None:
+        stdio = Stdio(slave, slave, slave)
+    elif stdio is None:
+        # Never the supervisor's own log.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stdio = Stdio(null, null, null)
+    for target, fd in enumerate(stdio):
         os.dup2(fd, target)
