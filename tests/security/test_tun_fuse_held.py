@@ -106,7 +106,7 @@ def sent_by_eth0(guest: Guest) -> int:
     return int(guest.sh("cat /sys/class/net/eth0/statistics/tx_packets"))
 
 
-@pytest.mark.parametrize("how", ["stop --force", "stop --timeout 1", "restart --force", "delete --force"])
+@pytest.mark.parametrize("how", ["stop --force", "stop --timeout 1", "delete --force"])
 def test_a_server_that_waits_for_itself_ends_with_its_jail(
     jm: Instance, guest: Guest, busybox_jail: MakeJail, how: str
 ) -> None:
