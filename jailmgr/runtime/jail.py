@@ -12,7 +12,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, netlink, process, protocol, spawn
+from jailmgr.runtime import cgroups, netlink, process, protocol, spawn, volume_format
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
 from jailmgr.runtime.console import Console, Log, Watcher
@@ -146,6 +146,8 @@ class Jail:
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
         self.timed_out = False
         try:
+            if bundle.lower:
+                volume_format.convert(bundle.volume)
             spawn.make_groups(hierarchies, bundle)
         except BaseException:
             # Processes that are in the group are not this start's: what is empty goes, and nothing is killed.

@@ -1,10 +1,11 @@
-"""From a bundle to a running init: one clone3(2) into all of the jail's namespaces.
+"""From a bundle to a running init: one clone3(2) into the jail's namespaces.
 
 The supervisor has the tenant's effective uid for it, so that the user namespace is the tenant's and the kernel's counts
 per user add up there; the namespaces that are made in the same call belong to the new user namespace (namespaces(7)).
-While the child mounts, the supervisor makes the network and whatever `meanwhile` is. No mount is made in the host's
-mount namespace and nothing has a name until init runs, so that a kill of anyone at any line leaves at most empty
-cgroups.
+The mount namespace comes later: the supervisor mounts the root in a staging namespace, which the child then copies
+(root_mount.py). While the child mounts the rest, the supervisor makes the network and whatever `meanwhile` is. No mount
+is made in the host's mount namespace and nothing has a name until init runs, so that a kill of anyone at any line
+leaves at most empty cgroups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from functools import partial
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError, from_dict, from_os
-from jailmgr.runtime import apparmor, capabilities, cgroups, lxcfs, netlink, process, protocol, reaper, rootfs, shaping
+from jailmgr.runtime import (
+    apparmor,
+    capabilities,
+    cgroups,
+    lxcfs,
+    netlink,
+    process,
+    protocol,
+    reaper,
+    root_mount,
+    rootfs,
+    shaping,
+)
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
@@ -27,12 +40,7 @@ from jailmgr.runtime.pty import check_master, make_controlling
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
 _NAMESPACES = (
-    kernel.CLONE_NEWUSER
-    | kernel.CLONE_NEWNS
-    | kernel.CLONE_NEWUTS
-    | kernel.CLONE_NEWIPC
-    | kernel.CLONE_NEWPID
-    | kernel.CLONE_NEWNET
+    kernel.CLONE_NEWUSER | kernel.CLONE_NEWUTS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET
 )
 _LATER = kernel.CLONE_NEWCGROUP | kernel.CLONE_NEWTIME
 """Namespaces made once the child is in its cgroups, and those whose clocks are set before anyone is in them."""
@@ -100,19 +108,19 @@ def spawn(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
     leaf, tasks = cgroups.leaf_fd(hierarchies, bundle.cgroup), cgroups.open_tasks(hierarchies, bundle.cgroup)
+    pid = 0
     try:
-        with capabilities.effective_uid(bundle.uid):
-            pid = kernel.fork_into(leaf, _NAMESPACES)
-            if pid == 0:
-                work = partial(_init, theirs, tasks, bundle, bpf, stdio, payload)
-                process.trap("start", partial(protocol.send, theirs), work)
-    except OSError as error:
-        ours.close()
-        raise _refused(error) from error
-    finally:
-        theirs.close()
-        protocol.close_all(tasks if leaf is None else [leaf, *tasks])
-    try:
+        with root_mount.staging():
+            try:
+                with capabilities.effective_uid(bundle.uid):
+                    pid = kernel.fork_into(leaf, _NAMESPACES)
+                    if pid == 0:
+                        work = partial(_init, theirs, tasks, bundle, bpf, stdio, payload)
+                        process.trap("start", partial(protocol.send, theirs), work)
+            finally:
+                theirs.close()
+                protocol.close_all(tasks if leaf is None else [leaf, *tasks])
+            _mount_root(pid, bundle)
         _lead(ours, pid, bundle)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
@@ -121,6 +129,11 @@ def spawn(
             check_master(console)
         return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
     except BaseException as error:
+        if not pid:
+            ours.close()
+            if isinstance(error, OSError):
+                raise _refused(error) from error
+            raise
         said = _abandon(ours, pid)
         for nic in bundle.nics:
             netlink.detach(nic["veth"])
@@ -140,16 +153,29 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
-    """Our side of the child's way into its namespaces: its ids, its layers, its network."""
-    layers = _map(pid, bundle)
-    limits_view = lxcfs.open_whole(bundle.lxcfs)
-    if limits_view is not None:
-        layers.append(limits_view)
+def _mount_root(pid: int, bundle: Bundle) -> None:
+    """Write the id maps of the new user namespace, and mount the jail's root by them."""
+    for kind in ("uid", "gid"):
+        fd = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
+        finally:
+            os.close(fd)
+    userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        protocol.send(ours, {"limits_view": limits_view is not None}, layers)
+        root_mount.mount(bundle.lower, bundle.volume, userns, bundle.idmap_base)
     finally:
-        protocol.close_all(layers)
+        os.close(userns)
+
+
+def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
+    """Let the child copy the staging namespace; meanwhile make its network."""
+    limits_view = lxcfs.open_whole(bundle.lxcfs)
+    fds = [] if limits_view is None else [limits_view]
+    try:
+        protocol.send(ours, {}, fds)
+    finally:
+        protocol.close_all(fds)
     if bundle.nics:
         netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -218,28 +244,6 @@ def _hear(sock: socket.socket, step: str) -> protocol.Message:
     return said
 
 
-def _map(pid: int, bundle: Bundle) -> list[int]:
-    """Write the id maps of the new user namespace and map the layers by it: the fds of lower (if any) and volume."""
-    for kind in ("uid", "gid"):
-        fd = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
-        finally:
-            os.close(fd)
-    userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    layers: list[int] = []
-    try:
-        if bundle.lower:
-            layers.append(rootfs.idmap(bundle.lower, userns, read_only=True))
-        layers.append(rootfs.idmap(bundle.volume, userns, read_only=False))
-    except BaseException:
-        protocol.close_all(layers)
-        raise
-    finally:
-        os.close(userns)
-    return layers
-
-
 def _start_clocks() -> None:
     """The jail's uptime begins at 0: the offsets of its time namespace, and into it (time_namespaces(7)).
 
@@ -282,16 +286,15 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    layers = said.fds
-    limits_view = layers.pop() if said.body["limits_view"] else None
+    limits_view = said.fds[0] if said.fds else None
+    kernel.unshare(kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     _start_clocks()
-    kernel.mount_propagation_private()
     kernel.sethostname(bundle.hostname)
-    root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
+    root, scratch = rootfs.assemble()
     rootfs.populate(root, scratch, bundle, limits_view)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None

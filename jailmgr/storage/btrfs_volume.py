@@ -13,6 +13,7 @@ import re
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.volume_format import UPPER, WORK
 from jailmgr.storage import btrfs
 from jailmgr.storage.kind import Pool
 
@@ -38,8 +39,8 @@ def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int
             btrfs.assign_group(parent, jail_group, tenant_group)
             btrfs.limit_group(parent, jail_group, size)
             btrfs.create_subvolume(parent, os.path.basename(path), [jail_group])
-        _make_directory(f"{path}/upper", 0o755)
-        _make_directory(f"{path}/work", 0o700)
+        _make_directory(f"{path}/{UPPER}", 0o755)
+        _make_directory(f"{path}/{WORK}", 0o700)
         undo.pop_all()
 
 
