@@ -129,7 +129,7 @@ def _is_known(number: int) -> bool:
 
 @contextmanager
 def writing_as(owner: int, keep: tuple[str, ...]) -> Iterator[None]:
-    """Take `owner` as user and group id for files, and only `keep` as effective capabilities, for a while (setfsuid(2)).
+    """Use `owner` as user and group id for files, and only `keep` as effective capabilities, for a while (setfsuid(2)).
 
     Real, effective and saved ids stay root's. The permitted set stays as it was, so that all can be put back. Raises
     OSError, JailmgrError.

@@ -20,10 +20,11 @@ Layers are named by path, since Linux before 6.15 takes none that are not mounte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jailmgr.runtime import capabilities
+from jailmgr.errors import JailmgrError
+from jailmgr.runtime import capabilities, volume_format
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.volume_format import UPPER, WORK
 
@@ -64,11 +65,15 @@ def staging() -> Iterator[None]:
 def mount(lower: str, volume: str, userns_fd: int, owner: int) -> None:
     """Mount a jail's root on `STAGE`: an overlay of image and volume, or the volume itself where `lower` is empty.
 
-    Called in `staging`. `owner`: the host's id of the jail's root. Raises OSError.
+    Called in `staging`. `owner`: the host's id of the jail's root. Raises OSError, JailmgrError `full` where the kernel
+    would mount it read-only, for lack of space.
     """
     place = os.open(STAGE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        root = _overlay(place, lower, volume, userns_fd, owner) if lower else idmap(volume, userns_fd, read_only=False)
+        if not lower:
+            root = idmap(volume, userns_fd, read_only=False)
+        else:
+            root = _writable(lambda: _overlay(place, lower, volume, userns_fd, owner), volume)
         kernel.move_mount(root, place)
         os.close(root)
     finally:
@@ -89,6 +94,20 @@ def idmap(path: str, userns_fd: int, read_only: bool) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _writable(make: Callable[[], int], volume: str) -> int:
+    """What `make` mounts; where that is read-only, tried again in the room that the volume's reserve takes."""
+    root = make()
+    if os.fstatvfs(root).f_flag & os.ST_RDONLY and volume_format.release_reserve(volume):
+        os.close(root)
+        root = make()
+    if os.fstatvfs(root).f_flag & os.ST_RDONLY:
+        os.close(root)
+        why = "the kernel can write nothing to it: its quota is full, or the pool is"
+        raise JailmgrError(f"volume {volume}", why, "Raise the jail's limits.disk, start it and remove files.", "full")
+    volume_format.keep_reserve(volume)
+    return root
 
 
 def _overlay(place: int, lower: str, volume: str, userns_fd: int, owner: int) -> int:

@@ -13,6 +13,9 @@ A kill at any line leaves a volume that the next call goes on with. First all of
 then the guest's get their own names back, in a second pass whose beginning is marked: after it, what is named
 `user.overlay.NAME` is the guest's. The renaming of the work directory comes last. Today's format is known by it, so a
 start looks at one name.
+
+Beside both lies `RESERVE`, a file that only takes up room: overlayfs makes directories as it is mounted, and where the
+quota lets it not, the mount is read-only, and nobody in the jail could remove anything.
 """
 
 from __future__ import annotations
@@ -23,11 +26,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from jailmgr.errors import JailmgrError
 from jailmgr.runtime.syscalls import libc
 
 UPPER = "upper"
 WORK = "workdir"
 """The work directory's name in today's format."""
+RESERVE = "reserve"
+RESERVE_BYTES, _STEP = 512 * 1024, 16 * 1024
+"""Each item of a change counts as a node, 16 KiB, on btrfs while the change is made: overlayfs needs more room to be
+mounted than it then takes."""
 
 _OLD_WORK = "work"
 _SECOND_PASS = "trusted.jailmgr.unescape"
@@ -44,7 +52,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def convert(volume: str) -> None:
-    """Have a stopped jail's volume in today's format; fine where it is. Raises OSError.
+    """Have a stopped jail's volume in today's format; fine where it is. Raises OSError, JailmgrError `full`.
 
     The caller is the host's root. Several at once wait for each other.
     """
@@ -52,7 +60,61 @@ def convert(volume: str) -> None:
         return
     with _locked(volume) as top:
         if not os.path.isdir(f"{volume}/{WORK}"):
-            _convert(top)
+            try:
+                _convert(top)
+            except OSError as error:
+                _check_full(error)
+                why = "no space is left in it to change its format to this release's"
+                raise JailmgrError(
+                    f"volume {volume}", why, "Raise the jail's limits.disk and start it.", "full"
+                ) from error
+
+
+def keep_reserve(volume: str) -> None:
+    """Have the reserve, as large as the quota has room for. Raises OSError."""
+    try:
+        if os.stat(f"{volume}/{RESERVE}").st_size >= RESERVE_BYTES:
+            return
+    except FileNotFoundError:
+        pass
+    with _locked(volume) as top:
+        try:
+            fd = os.open(RESERVE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=top)
+        except OSError as error:
+            _check_full(error)
+            return
+        try:
+            _grow(fd)
+            if not os.fstat(fd).st_size:
+                release_reserve(volume)
+        finally:
+            os.close(fd)
+
+
+def _grow(fd: int) -> None:
+    for size in range(RESERVE_BYTES, os.fstat(fd).st_size, -_STEP):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            _check_full(error)
+        if size == RESERVE_BYTES:
+            _sync(fd)  # btrfs gives back what the changes of the mount have reserved
+
+
+def _check_full(error: OSError) -> None:
+    """Raise an error that is not about space."""
+    if error.errno not in (errno.EDQUOT, errno.ENOSPC):
+        raise error
+
+
+def release_reserve(volume: str) -> bool:
+    """Remove the reserve; whether there was one. Raises OSError."""
+    try:
+        os.unlink(f"{volume}/{RESERVE}")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
