@@ -9,10 +9,10 @@ The older format's attributes are the kernel's own. A guest's `user.overlay.NAME
 `user.overlay.overlay.NAME` since Linux 6.7 (overlayfs.rst, "Nesting overlayfs mounts"); before that the kernel refused
 it. The conversion takes known values of known attributes only, so no guest can smuggle in a redirect.
 
-A kill at any line leaves a volume that the next call goes on with. First all of the kernel's attributes are converted,
-then the guest's get their own names back, in a second pass whose beginning is marked: after it, what is named
-`user.overlay.NAME` is the guest's. The renaming of the work directory comes last. Today's format is known by it, so a
-start looks at one name.
+A kill at any line leaves a volume that the next call goes on with. First all of the kernel's attributes are converted.
+Then the guest's escaped names, where there are any, get a name that no guest can write, and after that their own: no
+name means one thing before such a pass and another after it, and which pass is due is marked. The renaming of the work
+directory comes last. Today's format is known by it, so a start looks at one name.
 
 Beside both lies `RESERVE`, a file that only takes up room: overlayfs makes directories as it is mounted, and where the
 quota lets it not, the mount is read-only, and nobody in the jail could remove anything.
@@ -25,6 +25,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime.syscalls import libc
@@ -38,9 +39,12 @@ RESERVE_BYTES, _STEP = 512 * 1024, 16 * 1024
 mounted than it then takes."""
 
 _OLD_WORK = "work"
-_SECOND_PASS = "trusted.jailmgr.unescape"
-"""On the volume's directory, once nothing in it is the older format's but the guest's escaped names."""
+_DUE = "trusted.jailmgr.pass"
+"""On the volume's directory: the pass over the guest's names that is due, `_PASSES`."""
+_KEPT = "trusted.jailmgr.kept."
 _PRIVATE, _ESCAPED, _TRUSTED = "user.overlay.", "user.overlay.overlay.", "trusted.overlay."
+_PASSES = {b"1": (_ESCAPED, _KEPT), b"2": (_KEPT, _PRIVATE)}
+"""Beginnings of names, before and after."""
 _TAKEN: dict[str, tuple[bytes, ...]] = {
     "opaque": (b"y", b"x"),
     "impure": (b"y",),
@@ -128,7 +132,7 @@ def _locked(volume: str) -> Iterator[int]:
 
 
 def _convert(top: int) -> None:
-    if _SECOND_PASS not in os.listxattr(top):
+    if not _due(top):
         escaped = False
 
         def take(path: str) -> None:
@@ -138,12 +142,18 @@ def _convert(top: int) -> None:
         _each(top, take)
         _sync(top)
         if escaped:
-            os.setxattr(top, _SECOND_PASS, b"y")
-    if _SECOND_PASS in os.listxattr(top):
-        _each(top, _unescape)
+            os.setxattr(top, _DUE, b"1")
+    while (due := _due(top)) in _PASSES:
+        before, after = _PASSES[due]
+        _each(top, partial(_rename, before, after))
         _sync(top)
+        os.setxattr(top, _DUE, b"%d" % (int(due) + 1))
     os.rename(_OLD_WORK, WORK, src_dir_fd=top, dst_dir_fd=top)
     os.fsync(top)
+
+
+def _due(top: int) -> bytes:
+    return os.getxattr(top, _DUE) if _DUE in os.listxattr(top) else b""
 
 
 def _take_over(path: str) -> bool:
@@ -159,11 +169,11 @@ def _take_over(path: str) -> bool:
     return len(own) < len(names)
 
 
-def _unescape(path: str) -> None:
+def _rename(before: str, after: str, path: str) -> None:
     for name in os.listxattr(path, follow_symlinks=False):
-        if name.startswith(_ESCAPED):
+        if name.startswith(before):
             value = os.getxattr(path, name, follow_symlinks=False)
-            os.setxattr(path, f"{_PRIVATE}{name.removeprefix(_ESCAPED)}", value, follow_symlinks=False)
+            os.setxattr(path, f"{after}{name.removeprefix(before)}", value, follow_symlinks=False)
             os.removexattr(path, name, follow_symlinks=False)
 
 
@@ -175,7 +185,7 @@ def _each(top: int, act: Callable[[str], None]) -> None:
     """
     at = os.open(UPPER, _FOLDER, dir_fd=top)
     try:
-        act(f"/proc/self/fd/{at}")
+        act(f"/proc/self/fd/{at}/.")
         waiting = [_look(at, act)]
         while waiting:
             if waiting[-1]:

@@ -86,7 +86,7 @@ class Guest(NamedTuple):
         return [result for result, _ in self._ask(*calls)]
 
     def _ask(self, *calls: tuple[str | int, *tuple[Argument, ...]], old: bool = False) -> list[tuple[int, int]]:
-        words = [" ".join([str(_number(call[0])), *map(_word, call[1:])]) for call in calls]
+        words = [" ".join([str(call_number(call[0])), *map(_word, call[1:])]) for call in calls]
         text = self.run("ask", *(["-3"] if old else []), stdin="\n".join(words) + "\n")
         lines = [line.split() for line in text.splitlines()]
         assert len(lines) == len(calls), text
@@ -97,7 +97,8 @@ class Guest(NamedTuple):
         return dict(zip([str(call[0]) for call in calls], self.ask(*calls), strict=True))
 
 
-def _number(call: str | int) -> int:
+def call_number(call: str | int) -> int:
+    """The number of a system call on this machine."""
     if isinstance(call, int):
         return call
     found = int(_library.seccomp_syscall_resolve_name(call.encode()))

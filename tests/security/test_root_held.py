@@ -6,12 +6,14 @@ has made are locked (mount_namespaces(7)).
 
 from __future__ import annotations
 
+import errno
 import os
+import struct
 from pathlib import Path
 
 import pytest
 
-from tests.security.guest import OK, Buffer, Guest, Result
+from tests.security.guest import OK, Buffer, Guest, Result, call_number
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance
 
@@ -94,6 +96,35 @@ def test_the_superblock_is_not_the_guests_to_change(guest: Guest) -> None:
     )
     assert OK not in asked[:2]
     assert asked[3] == "EPERM"
+
+
+def test_rights_of_files_count_in_the_jail(guest: Guest) -> None:
+    """Set-user-id and capabilities of files, of the image's and the guest's own, for a user of the jail."""
+    guest.install("ask")
+    guest.sh(
+        "chmod 711 /root; mkdir -p /root/open; cd /root/open; for name in plain ask capable; do cp ../ask $name; done"
+    )
+    guest.sh("chmod 4755 /root/open/ask; touch /root/a")
+    capability = struct.pack("<5I", 0x02000001, 1, 0, 0, 0)  # CAP_CHOWN, in effect
+    assert guest.ask(("setxattr", "/root/open/capable", "security.capability", capability, len(capability), 0)) == [OK]
+    calls = f"{call_number('geteuid')}\n{call_number('chown')} s:/root/a 7 7\n"
+    found = {
+        name: guest.jm("exec", "--user", "7", guest.jail, "--", f"/root/open/{name}", stdin=calls.encode()).out.split()
+        for name in ("plain", "ask", "capable")
+    }
+    assert found == {
+        "plain": ["7", "0", "-1", str(errno.EPERM)],
+        "ask": ["0", "0", "0", "0"],
+        "capable": ["7", "0", "0", "0"],
+    }
+    assert os.getxattr(f"{upper_of(guest)}/root/open/capable", "security.capability")[3] == 2, "revision on disk"
+
+
+def test_namespaces_in_the_jail_rename_too(guest: Guest) -> None:
+    """A user namespace of the guest's own, over the image's directories."""
+    guest.sh(
+        "unshare -Ur sh -c 'mkdir /root/n && mv /root/n /root/m && mv -T /usr/sbin /root/s && mv /root/s /usr/sbin'"
+    )
 
 
 def test_no_layer_is_in_sight(guest: Guest) -> None:
