@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from jailmgr.errors import JailmgrError
+from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime.syscalls import libc
 
 UPPER = "upper"
@@ -56,22 +56,22 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def convert(volume: str) -> None:
-    """Have a stopped jail's volume in today's format; fine where it is. Raises OSError, JailmgrError `full`.
+    """Have a stopped jail's volume in today's format; fine where it is.
 
-    The caller is the host's root. Several at once wait for each other.
+    The caller is the host's root. Several at once wait for each other. Raises JailmgrError, `full` where the quota has
+    no room for it.
     """
     if os.path.isdir(f"{volume}/{WORK}"):
         return
-    with _locked(volume) as top:
-        if not os.path.isdir(f"{volume}/{WORK}"):
-            try:
+    try:
+        with _locked(volume) as top:
+            if not os.path.isdir(f"{volume}/{WORK}"):
                 _convert(top)
-            except OSError as error:
-                _check_full(error)
-                why = "no space is left in it to change its format to this release's"
-                raise JailmgrError(
-                    f"volume {volume}", why, "Raise the jail's limits.disk and start it.", "full"
-                ) from error
+    except OSError as error:
+        if error.errno not in (errno.EDQUOT, errno.ENOSPC):
+            raise from_os(f"volume {volume}", error) from error
+        why = "no space is left in it to change its format to this release's"
+        raise JailmgrError(f"volume {volume}", why, "Raise the jail's limits.disk and start it.", "full") from error
 
 
 def keep_reserve(volume: str) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jailmgr.errors import JailmgrError
+from jailmgr.image.fingerprint import fingerprint
+from jailmgr.manager.files import replace_files
 from jailmgr.runtime import capabilities, root_mount
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, until
@@ -70,6 +73,24 @@ def test_what_is_removed_and_made_again_is_empty(jm: Instance, busybox_jail: Mak
         assert jm.sh(jail, "ls /other/sbin; ls /other/bin/yes; ls /other/bin | grep -c .", status=None).out != "0\n"
         assert jm.sh(jail, "ls -A /other/sbin; ls /other/bin | grep -cx yes; ls -d /usr", status=None).out == "0\n"
         jm("restart", "--force", jail)
+
+
+def test_a_file_that_is_only_metadata_is_not_read_from_the_layer(tmp_path: Path) -> None:
+    """A rename writes its files into the layer: what the image still has the content of is the guest's choice."""
+    upper = tmp_path / "etc"
+    upper.mkdir()
+    (upper / "hosts").write_bytes(bytes(4))
+    os.setxattr(upper / "hosts", "trusted.overlay.metacopy", b"")
+    replace_files(str(tmp_path), [("/etc/hosts", bytes(4), 0o644)], [("/etc/hosts", b"new", 0o644)])
+    assert (upper / "hosts").read_bytes() == bytes(4)
+
+
+def test_an_image_with_attributes_that_the_kernel_trusts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    os.setxattr(tmp_path / "file", "trusted.overlay.redirect", b"/etc/shadow")
+    with pytest.raises(JailmgrError, match=r"trusted\.overlay\.redirect") as raised:
+        fingerprint(str(tmp_path))
+    assert raised.value.code == "invalid"
 
 
 def test_a_full_jail_is_writable_after_a_start(jm: Instance, busybox_jail: MakeJail) -> None:

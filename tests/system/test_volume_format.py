@@ -5,7 +5,7 @@ The older format is made by the kernel itself: an overlay with `userxattr`, as r
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from jailmgr.errors import JailmgrError
 from jailmgr.runtime import volume_format
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance
@@ -147,7 +148,7 @@ def test_a_conversion_that_is_killed_goes_on(old: Path, tmp_path: Path) -> None:
     """kill -9 at each line, then again at each line of the next one's first half: the result is always the same."""
     line, killed = 0, True
     while killed:
-        line += 3
+        line += 5
         volume = tmp_path / "copy"
         subprocess.run(["cp", "--archive", str(old), str(volume)], check=True)
         convert = partial(volume_format.convert, str(volume))
@@ -157,7 +158,7 @@ def test_a_conversion_that_is_killed_goes_on(old: Path, tmp_path: Path) -> None:
         convert()
         check(volume)
         shutil.rmtree(volume)
-    assert line > 150
+    assert line > 150, "it was killed in all of it"
 
 
 def test_trees_of_any_shape(tmp_path: Path) -> None:
@@ -183,7 +184,33 @@ def test_trees_of_any_shape(tmp_path: Path) -> None:
     subprocess.run(["rm", "-rf", "--", str(volume)], check=True)
 
 
-def test_a_broken_volume_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such") as raised:
-        volume_format.convert(str(tmp_path / "missing"))
-    assert raised.value.errno == errno.ENOENT
+def test_a_volume_without_its_layer_is_reported(tmp_path: Path) -> None:
+    """Nothing is changed, so that it can be looked into."""
+    (tmp_path / "work").mkdir()
+    for volume in (tmp_path / "missing", tmp_path):
+        with pytest.raises(JailmgrError, match="No such file") as raised:
+            volume_format.convert(str(volume))
+        assert str(volume) in raised.value.what
+    assert os.listdir(tmp_path) == ["work"]
+
+
+def test_a_full_volume_is_reported_and_converted_with_more_room(jm: Instance, busybox_jail: MakeJail) -> None:
+    """The quota holds the host's root as well, on btrfs."""
+    jail = busybox_jail("--disk", "20MiB", start=False)
+    volume = jm.root.volume("default", jail)
+    upper = f"{volume}/upper"
+    os.mkdir(f"{upper}/opaque")
+    os.setxattr(f"{upper}/opaque", "user.overlay.opaque", b"y")
+    os.rename(f"{volume}/workdir", f"{volume}/work")
+    if os.path.exists(jm.root.pool_tree):
+        pytest.skip("no project quota holds the host's root")
+    for size in (1 << 20, 4096):
+        with open(f"{volume}/filler", "ab", 0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(size))
+                os.fsync(file.fileno())
+    assert "limits.disk" in jm.refused("start", jail).err
+    assert os.listxattr(f"{upper}/opaque") == ["user.overlay.opaque"]
+    jm("set", jail, "limits.disk=25MiB")
+    jm("start", jail)
+    assert os.listxattr(f"{upper}/opaque") == ["trusted.overlay.opaque"]
