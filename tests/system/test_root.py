@@ -113,6 +113,8 @@ def test_a_full_jail_is_writable_after_a_start(jm: Instance, busybox_jail: MakeJ
 
 def test_a_full_jail_without_a_reserve_says_so(jm: Instance, busybox_jail: MakeJail) -> None:
     """As one of an older release may be; nothing is changed, and it starts with more room."""
+    if os.path.exists(jm.root.pool_tree):
+        pytest.skip("a project quota leaves room for directories where one has been removed")
     jail = busybox_jail("--disk", "20MiB")
     jm.sh(jail, "cat /dev/zero >/root/big; while mkdir /root/$$.$i; do i=1$i; done")
     jm("stop", "--force", jail)
