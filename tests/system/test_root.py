@@ -140,7 +140,7 @@ def _more(path: str, size: int) -> bool:
     return True
 
 
-def test_rights_come_back_whatever_happens(jm: Instance) -> None:
+def test_rights_come_back_whatever_happens() -> None:
     """The supervisor writes as a jail's root while it mounts, in a namespace of its own: neither outlives an error."""
 
     def attempt() -> tuple[object, ...]:

@@ -66,9 +66,9 @@ def test_an_older_volume_is_converted_by_a_start(jm: Instance, busybox_jail: Mak
         rm -r usr/sbin; mkdir usr/sbin; touch usr/sbin/new; rm usr/bin/yes; chmod 700 usr/bin; echo more >>etc/passwd
         mkdir -p root/deep; ln -s none root/link
         python3 - <<'END'
-import os
-os.setxattr("root/deep", "user.overlay.redirect", b"/etc")
-os.setxattr("root/deep", "user.plain", b"y")
+import contextlib, os
+with contextlib.suppress(OSError):  # before Linux 6.7
+    os.setxattr("root/deep", "user.overlay.redirect", b"/etc")
 END
     """
     make_old(lower, volume, script)
@@ -87,7 +87,7 @@ END
     assert after["upper/usr/sbin"].keys() >= {"trusted.overlay.opaque"}
     assert "trusted.overlay.redirect" not in after["upper/root/deep"]
     left = {path: name for path, found in after.items() for name in found if name.startswith("user.overlay.")}
-    escaped = "user.overlay.overlay.redirect" in before["upper/root/deep"]
+    escaped = "user.overlay.overlay.redirect" in before["upper/root/deep"]  # what Linux 6.7 makes of it
     assert left == ({"upper/root/deep": "user.overlay.redirect"} if escaped else {})
     assert not os.path.exists(f"{volume}/work"), "a release from before refuses it"
 
