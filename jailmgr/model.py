@@ -138,6 +138,9 @@ class Used(Amounts, frozen=True):
     """
 
     cpu_ns: int | None = None
+    cache_bytes: int | None = None
+    """Memory that jails left to the tenant's group as they stopped, mostly page cache. It is in no `memory_bytes`, but
+    counts to the total `limits.memory`; the kernel frees it when the tenant's jails need it."""
 
 
 class TenantView(msgspec.Struct, frozen=True):

@@ -188,6 +188,7 @@ def _send_stdin(name: str, fd: int) -> None:
         out = archive.Writer(fd)
         out.put(pax.header(pax.Member(os.fsencode(name), pax.FILE, size=size, content=True)))
         _put_content(out, source, size)
+        out.put(bytes(-size % pax.BLOCK))
         out.put(pax.end())
         out.flush()
 
@@ -200,7 +201,20 @@ def _put_content(out: archive.Writer, source: BinaryIO | Any, size: int) -> None
             raise JailmgrError("cp", "stdin ended early")
         out.put(part)
         left -= len(part)
-    out.put(bytes(-size % 512))
+
+
+def _put_stored(out: archive.Writer, source: BinaryIO | Any, member: pax.Member) -> None:
+    """Send a file of a tar, without the holes of a sparse one.
+
+    In a tar on a pipe only the unbuffered file can be moved to a later offset.
+    """
+    from jailmgr.runtime import pax
+
+    for offset, length in pax.parts(member):
+        if member.extents is not None:
+            source.seek(offset)
+        _put_content(out, source, length)
+    out.put(bytes(-pax.stored(member) % pax.BLOCK))
 
 
 class _Whole(tarfile.TarInfo):
@@ -237,6 +251,7 @@ def _convert_members(tar: tarfile.TarFile, out: archive.Writer) -> None:
     prefix = "SCHILY.xattr."
     for item in tar:
         kind = pax.FILE if item.isreg() else item.type
+        sparse: Any = item.sparse
         member = pax.Member(
             os.fsencode("/".join(part for part in item.name.split("/") if part not in ("", ".")) or "."),
             kind,
@@ -253,10 +268,12 @@ def _convert_members(tar: tarfile.TarFile, out: archive.Writer) -> None:
                 for key, value in item.pax_headers.items()
                 if key.startswith(prefix)
             ),
+            extents=None if sparse is None else tuple((offset, length) for offset, length in sparse if length),
         )
         out.put(pax.header(member))
         if kind == pax.FILE:
-            _put_content(out, tar.extractfile(item), item.size)
+            source: Any = tar.extractfile(item)
+            _put_stored(out, source.raw, member)
     out.put(pax.end())
 
 
@@ -278,10 +295,10 @@ def _to_stdout(reader: pax.Reader) -> list[str]:
         while member is not None:
             if not single:
                 out.put(pax.header(member))
-            while part := reader.read():
+            for part in reader.content() if single else iter(reader.stored, b""):
                 out.put(part)
             if not single and member.kind == pax.FILE:
-                out.put(bytes(-member.size % pax.BLOCK))
+                out.put(bytes(-pax.stored(member) % pax.BLOCK))
             member = reader.next()
         if not single:
             out.put(pax.end())

@@ -218,6 +218,8 @@ def _usage_table(tenants: list[dict[str, Any]]) -> str:
             amounts = [tenant[kind][resource] for kind in ("used", "allocated", "limits")]
             if any(amounts) or amounts[-1] is not None:
                 rows.append([tenant["name"], title.lower(), *(_told(resource, amount) for amount in amounts)])
+        if cache := tenant["used"]["cache_bytes"]:
+            rows.append([tenant["name"], "left by stopped jails", format_size(cache), "-", "-"])
         rows.append([tenant["name"], "cpu time", cpu_time(tenant["used"]["cpu_ns"]), "-", "-"])
     return table(["TENANT", "RESOURCE", "USED", "PROMISED", "TOTAL"], rows)
 

@@ -28,7 +28,7 @@ from jailmgr.model import Image, Jail
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import create_volume
-from jailmgr.store import READY
+from jailmgr.store import DELETING, READY
 from jailmgr.template.render import render_create_files
 
 
@@ -82,6 +82,7 @@ def create(
     jail = _reserve(m, tenant, name, source, folded, placed)
     with ExitStack() as undo:
         undo.callback(finish_delete, m, jail)
+        undo.callback(m.store.set_state, jail, DELETING)
         try:
             made = _make(m, jail, progress, cancelled)
         except OSError as error:

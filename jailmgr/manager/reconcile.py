@@ -23,12 +23,15 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import read as read_kept
 from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.pinning import follow_pin
+from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.strangers import meet_strangers
 from jailmgr.manager.totals import renew_totals
 from jailmgr.manager.upgrade import renew_supervisor
 from jailmgr.manager.view import is_up, running
+from jailmgr.model import Jail
 from jailmgr.runtime import attach, cgroups
+from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up, jails_up, supervisor_process
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import reap
@@ -57,6 +60,7 @@ def reconcile(m: Manager) -> None:
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
         attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
+        attempt(f"config.json of {jail.name}", partial(_mend_bundle, m, jail))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in alive}:
         attempt(f"the totals of {tenant}", partial(renew_totals, m, tenant))
@@ -87,12 +91,14 @@ def take_down(m: Manager) -> None:
         rest.callback(networks.take_down, m)
 
 
-def attempt(what: str, do: Callable[[], object]) -> None:
-    """Do it; what can be expected to fail there is logged as an error of `what`."""
+def attempt(what: str, do: Callable[[], object]) -> bool:
+    """Do it, and return whether that went well; what can be expected to fail is logged as an error of `what`."""
     try:
         do()
     except (JailmgrError, OSError) as error:
         log.error("%s: %s", what, error)
+        return False
+    return True
 
 
 def _finish(m: Manager, row: Row) -> None:
@@ -109,11 +115,19 @@ def _finish(m: Manager, row: Row) -> None:
         finish_delete(m, row.jail, row.next)
 
 
+def _mend_bundle(m: Manager, jail: Jail) -> None:
+    """Write the config.json of a jail that is up again where it is damaged: without it no supervisor takes the jail."""
+    try:
+        load_bundle(m.root.jail_lib(jail.tenant, jail.name))
+    except JailmgrError:
+        write_bundle(m, jail)
+
+
 def _keep_all(m: Manager) -> None:
-    """Once, for jails that a release before wrote the config.json of."""
-    for jail in m.store.jails():
-        attempt(f"config.json of {jail.name}", partial(renew_kept, m, jail))
-    m.store.set_fact("kept", "1")
+    """Once, for jails whose config.json an earlier release wrote."""
+    done = [attempt(f"config.json of {jail.name}", partial(renew_kept, m, jail)) for jail in m.store.jails()]
+    if all(done):
+        m.store.set_fact("kept", "1")
 
 
 def _is_watched(m: Manager, tenant: str) -> bool:

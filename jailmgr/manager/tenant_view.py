@@ -106,11 +106,15 @@ def _view(m: Manager, tenant: Tenant) -> TenantView:
 
 
 def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
-    memory, cpu_ns, processes = cgroups.usage(m.hierarchies, group_of(m, tenant.name))
+    group = group_of(m, tenant.name)
+    in_jails = cgroups.memory_of_jails(m.hierarchies, group) or 0
+    whole, cpu_ns, processes = cgroups.usage(m.hierarchies, group)
+    # The jails are counted one after the other, and may add up to more than they had at any moment.
+    memory = min(in_jails, whole or 0)
     pool = m.pool_if_open
     return Used(
         instances=len(running_jails(m.root, tenant.name)),
-        memory_bytes=memory or 0,
+        memory_bytes=memory,
         cpu=_mean_cpus(m, tenant.name, cpu_ns or 0),
         processes=processes or 0,
         disk_bytes=(tenant_usage(pool, tenant.name, tenant.id) if pool is not None else None) or 0,
@@ -118,6 +122,7 @@ def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
         snapshots=promised.snapshots,
         ports=promised.ports,
         cpu_ns=cpu_ns or 0,
+        cache_bytes=(whole or 0) - memory,
     )
 
 

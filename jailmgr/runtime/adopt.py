@@ -37,6 +37,15 @@ def adopt_all(host: Host, jails: dict[str, Jail]) -> None:
                 sys.excepthook(*sys.exc_info())
 
 
+def adopt_late(host: Host, jails: dict[str, Jail], name: str) -> None:
+    """Take over a running jail that `adopt_all` left alone for its config.json, which an engine may have written again.
+
+    Raises JailmgrError, OSError.
+    """
+    if name not in jails and os.path.exists(f"{host.run}/{name}.json"):
+        _adopt(host, jails, name)
+
+
 def _adopt(host: Host, jails: dict[str, Jail], name: str) -> None:
     state = load_state(host.run, name)
     if state is None:

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import extract, pax
+from jailmgr.runtime import extract, pax, sparse
 
 _WHOLE = 1 << 20
 """Bytes of a file that are read before its header is written: then the header has the size that was read."""
@@ -165,6 +165,10 @@ class Writer:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EAGAIN, "was replaced while it was copied")
+            extents = sparse.extents_of(fd, status)
+            if extents is not None:
+                self._add_sparse(path, fd, _member(path, name, pax.FILE, status, status.st_size), extents)
+                return
             content, whole = _read_up_to(fd, min(status.st_size + 1, _WHOLE) if status.st_size else _WHOLE)
             if not whole and status.st_size < len(content):
                 rest, whole = _read_up_to(fd, _UNSIZED_MAX)
@@ -178,6 +182,14 @@ class Writer:
             self.put(bytes(-size % pax.BLOCK))
         finally:
             os.close(fd)
+
+    def _add_sparse(self, path: str, fd: int, member: pax.Member, extents: sparse.Extents) -> None:
+        member = member._replace(extents=extents)
+        self.put(pax.header(member))
+        for offset, length in extents:
+            os.lseek(fd, offset, os.SEEK_SET)
+            self._put_rest(path, fd, length)
+        self.put(bytes(-pax.stored(member) % pax.BLOCK))
 
     def _put_rest(self, path: str, fd: int, left: int) -> None:
         """Append as many bytes as the header has promised: what can't be read any more is filled with zeros."""

@@ -229,7 +229,7 @@ def read_bundle(config: dict[str, Any]) -> Bundle:
     """The supervisor's view of a configuration; JailmgrError when something is missing in it."""
     try:
         return _read(config)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise JailmgrError("bundle", f"not a configuration of ours ({error!r})", "", "invalid") from error
 
 

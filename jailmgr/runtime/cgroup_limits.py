@@ -330,13 +330,17 @@ def _device_program(h: Hierarchies, cgroup: str, rules: Iterable[Mapping[str, An
 
 def usage(h: Hierarchies, cgroup: str) -> tuple[int | None, int | None, int | None]:
     """Memory in bytes (page cache included), CPU time in ns, threads, of the group and all below; None if not known."""
-    memory = "memory.current" if "memory" in h.v2 else "memory.usage_in_bytes"
     if h.unified:
         stat = read_or(f"{h.unified}/{relative(cgroup)}/cpu.stat", "")
         cpu = field(stat, "usage_usec") * 1000 if stat else None
     else:
         cpu = _number(h, "cpuacct", cgroup, "cpuacct.usage")
-    return _number(h, "memory", cgroup, memory), cpu, _number(h, "pids", cgroup, "pids.current")
+    return memory_usage(h, cgroup), cpu, _number(h, "pids", cgroup, "pids.current")
+
+
+def memory_usage(h: Hierarchies, cgroup: str) -> int | None:
+    """Return the memory of the group and all below in bytes, page cache included; None if not known."""
+    return _number(h, "memory", cgroup, "memory.current" if "memory" in h.v2 else "memory.usage_in_bytes")
 
 
 def _number(h: Hierarchies, controller: str, cgroup: str, name: str) -> int | None:

@@ -33,6 +33,7 @@ from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES as DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import Limits as Limits
 from jailmgr.runtime.cgroup_limits import check_limits as check_limits
 from jailmgr.runtime.cgroup_limits import device_rules as device_rules
+from jailmgr.runtime.cgroup_limits import memory_usage
 from jailmgr.runtime.cgroup_limits import oom_kills as oom_kills
 from jailmgr.runtime.cgroup_limits import set_limits as set_limits
 from jailmgr.runtime.cgroup_limits import usage as usage
@@ -352,6 +353,18 @@ def list_groups(h: Hierarchies, root_name: str) -> list[str]:
             found.add(group)
             found.update(f"{group}/{jail}" for jail in _names(f"{mount}/{relative(group)}"))
     return sorted(found)
+
+
+def memory_of_jails(h: Hierarchies, tenant_group: str) -> int | None:
+    """Return the memory of the tenant's present jails in bytes; None if not known.
+
+    The tenant's own group counts more: what a removed group was charged for goes to the group above it
+    (cgroup-v1/memory.rst, "Reparenting"), mostly page cache.
+    """
+    path = directory(h, "memory", tenant_group)
+    if path is None:
+        return None
+    return sum(memory_usage(h, f"{tenant_group}/{jail}") or 0 for jail in _names(path))
 
 
 def _names(path: str) -> list[str]:

@@ -121,7 +121,8 @@ class Child:
         self._reaper.is_new(pid)  # one that has a pidfd has not been reaped
         if not self._reaper.has(pid):
             os.close(pidfd)
-            raise ChildProcessError(f"process {pid} is no child of the supervisor")
+            self._failed = told(JailmgrError("exec", f"process {pid} is no child of the supervisor"))
+            return
         self.pidfd, self._pid = pidfd, pid
         self._loop.watch(pidfd, lambda _: self._ended())
 

@@ -167,7 +167,7 @@ class Jail:
                 raise
         except BaseException:
             self._forget()
-            self.clear()
+            self._clear_or_note()
             raise
         self.pidfd = spawned.pidfd
         self.notes.waits(None)  # not before its state is written: an engine finds it up at any moment
@@ -338,11 +338,7 @@ class Jail:
                 self.start_later(state.restarts + 1)
         self._forget()
         self.log.note(f"ended: {told['kind']} by {told['by']}")
-        try:
-            self.clear()
-        except (JailmgrError, OSError) as error:
-            # Those who wait are told all the same; the state file is still there for a next supervisor to do it.
-            self.log.note(f"not all of it could be taken away: {error}")
+        self._clear_or_note()
         if not again:
             self._settle(told)
             return
@@ -421,6 +417,13 @@ class Jail:
             self.console.close()
             self.console = None
         self.ready_waiters.clear()
+
+    def _clear_or_note(self) -> None:
+        """Clear; who waits gets an answer in any case. The state file stays for a next supervisor to clear."""
+        try:
+            self.clear()
+        except (JailmgrError, OSError) as error:
+            self.log.note(f"not all of it could be removed: {error}")
 
     def clear(self) -> None:
         """Take away what a run of it used; the state file last, which tells a next supervisor to do this."""

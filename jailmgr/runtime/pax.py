@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.sparse import Extents, read_map, write_map
 
 BLOCK = 512
 CHUNK = 1 << 18
@@ -22,6 +24,9 @@ FILE, LINK, SYMLINK, CHAR, DEVICE, FOLDER, FIFO = b"0", b"1", b"2", b"3", b"4", 
 _KINDS = (FILE, LINK, SYMLINK, CHAR, DEVICE, FOLDER, FIFO, b"x")
 _XATTR = b"SCHILY.xattr."
 _CONTENT = b"JAILMGR.content"
+_REAL_SIZE = b"GNU.sparse.realsize"
+_SPARSE_NAME = b"GNUSparseFile.0/file"
+"""What a reader without the format takes for the name: the name itself would give it the list as content."""
 _MAGIC = b"ustar\x0000"
 
 
@@ -40,18 +45,35 @@ class Member(NamedTuple):
     device: tuple[int, int] = (0, 0)
     xattrs: tuple[tuple[bytes, bytes], ...] = ()
     content: bool = False
+    extents: Extents | None = None
+    """What is data in a sparse file of `size` bytes; only that is in the stream."""
 
 
 def header(member: Member) -> bytes:
     """Return the blocks that stand before a member's content."""
+    size, before = member.size, b""
+    if member.extents is not None:
+        before = write_map(member.extents, member.size)
+        size = len(before) + stored(member)
     if member.kind == FOLDER and not member.name.endswith(b"/"):
         member = member._replace(name=member.name + b"/")
-    records = _records(member)
+    records = _records(member, size)
     if not records:
-        return _block(member, member.name, member.kind, member.size)
+        return _block(member, member.name, member.kind, size)
     body = b"".join(_record(key, value) for key, value in records)
     extended = _block(Member(b"", b"x"), b"PaxHeaders/" + member.name[-80:].lstrip(b"/"), b"x", len(body))
-    return extended + pad(body) + _block(member, member.name, member.kind, member.size)
+    name = member.name if member.extents is None else _SPARSE_NAME
+    return extended + pad(body) + _block(member, name, member.kind, size) + before
+
+
+def parts(member: Member) -> Extents:
+    """Return offset and length of each part of the file that is in the stream."""
+    return ((0, member.size),) if member.extents is None else member.extents
+
+
+def stored(member: Member) -> int:
+    """Return how many bytes of content follow the header; the last block is filled up behind them."""
+    return sum(length for _, length in parts(member))
 
 
 def pad(body: bytes) -> bytes:
@@ -69,13 +91,16 @@ def broken_end() -> bytes:
     return _block(Member(b"", FILE), b"cp-was-cut-short", FILE, BLOCK)
 
 
-def _records(member: Member) -> list[tuple[bytes, bytes]]:
+def _records(member: Member, size: int) -> list[tuple[bytes, bytes]]:
     found = []
-    if len(member.name) > 100 or not member.name.isascii():
+    if member.extents is not None:
+        found = [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0")]
+        found += [(b"GNU.sparse.name", member.name), (_REAL_SIZE, b"%d" % member.size)]
+    elif len(member.name) > 100 or not member.name.isascii():
         found.append((b"path", member.name))
     if len(member.target) > 100 or not member.target.isascii():
         found.append((b"linkpath", member.target))
-    for key, number, limit in ((b"uid", member.uid, 8**7), (b"gid", member.gid, 8**7), (b"size", member.size, 8**11)):
+    for key, number, limit in ((b"uid", member.uid, 8**7), (b"gid", member.gid, 8**7), (b"size", size, 8**11)):
         if number >= limit:
             found.append((key, b"%d" % number))
     if member.mtime % 10**9 or not 0 <= member.mtime < 8**11 * 10**9:
@@ -130,12 +155,14 @@ class Reader:
         self._kept = b""
         self._at = 0
         self._left = 0
+        """Bytes of content that are still in the stream."""
         self._padding = 0
+        self._member = Member(b"", FILE)
 
     def next(self) -> Member | None:
         """Return the next member; None at the end. Raises JailmgrError where the stream is broken."""
-        while self._left:
-            self.read()
+        while self.stored():
+            continue
         self._take(self._padding)
         self._padding = 0
         records: dict[bytes, bytes] = {}
@@ -150,28 +177,65 @@ class Reader:
                 raise broken("sizes beyond reason")
             records = _read_records(self._take(member.size + -member.size % BLOCK)[: member.size])
         if member.kind == FILE:
-            self._left, self._padding = member.size, -member.size % BLOCK
+            if _REAL_SIZE in records:
+                member = self._read_extents(member, records[_REAL_SIZE])
+            self._left = stored(member)
+            self._padding = -self._left % BLOCK
+        self._member = member
         return member
 
-    def read(self) -> bytes:
-        """Return the next part of the member's content; nothing at its end."""
+    def _read_extents(self, member: Member, size: bytes) -> Member:
+        try:
+            extents, length = read_map(self._take, int(size))
+        except ValueError as error:
+            raise broken("a list of extents is none") from error
+        if length + sum(length for _, length in extents) != member.size:
+            raise broken("a list of extents has another size than its content")
+        return member._replace(size=int(size), extents=extents)
+
+    def stored(self, most: int = CHUNK) -> bytes:
+        """Return the next part of the member's content, without the holes of a sparse file; nothing at its end."""
         if not self._left:
             return b""
-        part = self._kept[self._at : self._at + self._left]
+        most = min(most, self._left)
+        part = self._kept[self._at : self._at + most]
         self._at += len(part)
-        part = part or os.read(self.fd, min(CHUNK, self._left))
+        part = part or os.read(self.fd, min(CHUNK, most))
         if not part:
             raise broken("it ends early")
         self._left -= len(part)
         return part
 
+    def content(self) -> Iterator[bytes]:
+        """Yield the member's content, with zeros for the holes of a sparse file."""
+        size, at = self._member.size, 0
+        for offset, length in (*parts(self._member), (size, 0)):
+            while at < offset:
+                zeros = min(CHUNK, offset - at)
+                yield bytes(zeros)
+                at += zeros
+            at += length
+            until = self._left - length
+            while self._left > until:
+                yield self.stored(self._left - until)
+
     def write_to(self, fd: int) -> None:
-        """Write the member's content to a file. Most of it goes from the pipe to the file in the kernel (splice(2))."""
+        """Write the member's content to a file, with its holes. Raises OSError where the file can't have them."""
+        member = self._member
+        for offset, length in parts(member):
+            if member.extents is not None:
+                os.lseek(fd, offset, os.SEEK_SET)
+            self._write(fd, self._left - length)
+        if member.extents is not None:
+            os.ftruncate(fd, member.size)
+
+    def _write(self, fd: int, until: int) -> None:
+        """Write until so much is left. Most goes from the pipe to the file in the kernel (splice(2))."""
         direct = True
-        while self._left:
+        while self._left > until:
             if direct and self._at == len(self._kept):
                 try:
-                    moved = os.splice(self.fd, fd, min(_SPLICED, self._left))
+                    moved = os.splice(self.fd, fd, min(_SPLICED, self._left - until))
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
@@ -182,7 +246,7 @@ class Reader:
                     raise broken("it ends early")
                 self._left -= moved
                 continue
-            part = memoryview(self.read())
+            part = memoryview(self.stored(self._left - until))
             while part:
                 part = part[os.write(fd, part) :]
 
@@ -223,7 +287,7 @@ def _parse(block: bytes, records: dict[bytes, bytes]) -> Member:
         if kind not in _KINDS:
             raise broken("a member is of no known kind")
         return Member(
-            records.get(b"path", block[:100].rstrip(b"\0")),
+            records.get(b"GNU.sparse.name") or records.get(b"path", block[:100].rstrip(b"\0")),
             kind,
             octal[0] & 0o7777,
             uid,

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,16 @@ def restore(supervisor: Supervisor, content: dict[str, Any]) -> None:
     """Take up what `snapshot` has told."""
     jails = supervisor.jails
     for name, told in content["jails"].items():
-        jails[name] = Jail(supervisor.host, name, told["lib"])
+        try:
+            jails[name] = Jail(supervisor.host, name, told["lib"])
+        except JailmgrError:
+            # Its config.json is damaged: `adopt_late` takes it once an engine has written that again.
+            sys.excepthook(*sys.exc_info())
+            sockets = [watcher["sock"] for watcher in told["watchers"]]
+            protocol.close_all(
+                [fd for fd in (told["pidfd"], told["console"], told["notify"], *sockets) if fd is not None]
+            )
+            continue
         _restore_jail(jails[name], told)
     for told in content["sessions"]:
         session = supervisor.add_session(socket.socket(fileno=told["sock"]))
@@ -142,6 +152,8 @@ def restore(supervisor: Supervisor, content: dict[str, Any]) -> None:
             session.child = Child.of_program(session, told["child"]["pidfd"], told["child"]["signalled"])
         if told["stops"] in jails:
             session.wait_for_end(jails[told["stops"]])
+        elif told["stops"]:
+            session.close()
 
 
 def _restore_jail(jail: Jail, told: dict[str, Any]) -> None:

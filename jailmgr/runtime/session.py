@@ -151,7 +151,7 @@ class Session:
 
     def _start(self, body: dict[str, Any], fds: list[int]) -> None:
         name, supervisor = body["jail"], self.supervisor
-        jail = supervisor.jails.get(name)
+        jail = supervisor.jail(name)
         if jail is not None and jail.running:
             raise _busy(jail)
         if jail is None:
@@ -196,7 +196,7 @@ class Session:
         self.tell(told(JailmgrError(f"jail {jail.full_name}", why, f"See: jailmgr logs {jail.full_name}")))
 
     def _stop(self, body: dict[str, Any], fds: list[int]) -> None:
-        jail = self.supervisor.jails.get(body["jail"])
+        jail = self.supervisor.jail(body["jail"])
         if jail is None or not jail.alive:
             raise JailmgrError(f"jail {self.supervisor.host.full_name(body['jail'])}", "is not running", "", "conflict")
         self.wait_for_end(jail)
@@ -319,7 +319,7 @@ class Session:
             do(path, stream)
 
         supervisor = self.supervisor
-        jail = supervisor.jails.get(body["jail"])
+        jail = supervisor.jail(body["jail"])
         if jail is not None and jail.once:
             raise _busy(jail)
         if jail is not None and jail.running:

@@ -22,7 +22,7 @@ from jailmgr import __version__
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, process, protocol, reexec, scope
 from jailmgr.runtime import syscalls as kernel
-from jailmgr.runtime.adopt import adopt_all
+from jailmgr.runtime.adopt import adopt_all, adopt_late
 from jailmgr.runtime.host import Host
 from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.loop import Loop
@@ -60,8 +60,8 @@ class Supervisor:
         self.host.detach_now()
 
     def find(self, name: str) -> Jail:
-        """A jail that is alive; JailmgrError when it isn't."""
-        jail = self.jails.get(name)
+        """Return a jail that runs. Raises JailmgrError `conflict`."""
+        jail = self.jail(name)
         if jail is None or not jail.running or jail.once:
             raise JailmgrError(
                 f"jail {self.host.full_name(name)}",
@@ -70,6 +70,12 @@ class Supervisor:
                 "conflict",
             )
         return jail
+
+    def jail(self, name: str) -> Jail | None:
+        """Return a jail that is alive."""
+        if name not in self.jails:
+            adopt_late(self.host, self.jails, name)
+        return self.jails.get(name)
 
     def _accept(self) -> None:
         try:

@@ -86,6 +86,28 @@ def test_all_that_cp_a_keeps_is_kept_both_ways(jm: Instance, jail: str, tmp_path
 
 
 @pytest.mark.parametrize("running", [True, False])
+def test_holes_are_kept_both_ways(jm: Instance, jail: str, tmp_path: Path, running: bool) -> None:
+    """The file would not fit into anything if it were copied with its zeros; its content alone is counted."""
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.seek(1 << 39)
+        file.write(b"middle" * 1000)
+        file.truncate(1 << 40)
+    if not running:
+        jm("stop", "--force", jail)
+    jm("cp", str(sparse), f"{jail}:/root/")
+    jm("cp", f"{jail}:/root/sparse", str(tmp_path / "back"))
+    packed = subprocess.run(["tar", "-cS", "-C", str(tmp_path), "sparse"], capture_output=True, check=True).stdout
+    jm("cp", "-", f"{jail}:/tmp/", stdin=packed)
+    jm("cp", f"{jail}:/tmp/sparse", str(tmp_path / "again"))
+    for copy in (tmp_path / "back", tmp_path / "again"):
+        assert (copy.stat().st_size, copy.stat().st_blocks < 100) == (1 << 40, True)
+        with copy.open("rb") as file:
+            file.seek((1 << 39) - 6)
+            assert file.read(18) == bytes(6) + b"middlemiddle"
+
+
+@pytest.mark.parametrize("running", [True, False])
 def test_what_only_a_jail_may_have(jm: Instance, jail: str, tmp_path: Path, running: bool) -> None:
     """FIFOs, set-user-id bits and file capabilities go in; they don't come out to the host, but in a tar."""
     tree = tmp_path / "tree"

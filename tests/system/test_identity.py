@@ -7,6 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
+from jailmgr.runtime import attach
 from jailmgr.runtime.state import supervisor_process
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, alive, kill
@@ -84,3 +87,42 @@ def test_a_start_kills_nothing_that_is_not_its_own(jm: Instance, busybox_jail: M
     assert jm.info(jail)["init_pid"] == pid
     jm.exec(jail, "true")
     assert os.path.exists(state)
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"annotations":[]}'])
+def test_a_damaged_config_keeps_nobody_from_a_running_jail(jm: Instance, busybox_jail: MakeJail, damage: str) -> None:
+    """The engine writes it again as it begins, before a new supervisor reads it."""
+    jail = busybox_jail()
+    before = jm.info(jail)
+    jm("engine", "stop")
+    Path(jm.root.jail_lib("default", jail), "config.json").write_text(damage)
+    kill(before["supervisor_pid"])
+    assert jm.info(jail)["init_pid"] == before["init_pid"]
+    assert jm.exec(jail, "echo", "here").out == "here\n"
+    jm("stop", "--force", jail)
+    assert not alive(before["init_pid"])
+
+
+def test_a_supervisor_takes_a_jail_once_its_config_is_mended(jm: Instance, busybox_jail: MakeJail) -> None:
+    """One that begins, and one that goes over to another release, take the tenant's other jails."""
+    jail, other = busybox_jail(), busybox_jail()
+    before = jm.info(jail)
+    config = Path(jm.root.jail_lib("default", jail), "config.json")
+    jm("engine", "stop")
+    own = config.read_text()
+    for way in ("reexec", "killed"):
+        config.write_text("{")
+        with attach.connect(jm.root, "default") as supervisor:
+            pid = supervisor.ask("hello").body["pid"]
+            if way == "reexec":
+                supervisor.ask("reexec", argv=attach.successor(jm.root, "default"))
+            else:
+                kill(pid)
+        with attach.connect(jm.root, "default") as supervisor:
+            assert set(supervisor.ask("status").body["jails"]) & {jail, other} == {other}
+        config.write_text(own)
+        assert jm.exec(jail, "echo", "here").out == "here\n"
+        with attach.connect(jm.root, "default") as supervisor:
+            assert supervisor.ask("status").body["jails"][jail]["pid"] == before["init_pid"]
+    jm("stop", "--force", jail)
+    assert not alive(before["init_pid"])

@@ -282,6 +282,21 @@ def test_memory_is_not_lowered_below_use(jm: Instance, make_tenant: MakeTenant) 
     jm("tenant", "set", name, "limits.memory=32MiB")
 
 
+def test_the_page_cache_of_stopped_jails_is_counted_apart(jm: Instance, make_tenant: MakeTenant) -> None:
+    """The kernel charges it to the tenant's group once the jail's is gone."""
+    name = make_tenant()
+    gone, stays = launch(jm, name, 2)
+    jm.sh(gone, "head -c 60m /dev/zero >/root/file; sync")
+    assert show(jm, name)["used"]["memory_bytes"] > 60 * MIB
+    jm("stop", gone)
+    used = show(jm, name)["used"]
+    assert 0 < used["memory_bytes"] < 20 * MIB
+    assert used["cache_bytes"] > 50 * MIB
+    assert "left by stopped jails" in jm("tenant", "usage", name).out
+    jm("stop", stays)
+    assert show(jm, name)["used"]["memory_bytes"] == 0
+
+
 def test_totals_outlive_the_engine_and_the_last_jail(jm: Instance, make_tenant: MakeTenant) -> None:
     name = make_tenant("--processes", "77")
     (jail,) = launch(jm, name, 1)
