@@ -156,6 +156,7 @@ class Jail:
             raise
         try:
             spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload, partial(self._prepare, restarts))
+            self.host.loop.after(0.0, partial(os.close, spawned.stage))
             try:
                 if payload is None:
                     spawn.release(spawned)

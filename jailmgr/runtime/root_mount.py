@@ -1,7 +1,7 @@
 """A jail's root file system, mounted by the supervisor for the child that becomes init.
 
     supervisor, staging namespace              child, the jail's namespace
-    tmpfs on /usr: lower, volume (idmapped)
+    image on /usr, volume on its workdir, idmapped
     overlay on /usr ──────── unshare(2) ────▶  a copy that nobody inside can take nodev from
 
 An overlay mounted inside a user namespace takes `userxattr`, and that excludes `redirect_dir` and `metacopy`: rename(2)
@@ -20,7 +20,7 @@ Layers are named by path, since Linux before 6.15 takes none that are not mounte
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError
@@ -28,6 +28,7 @@ from jailmgr.runtime import capabilities, volume_format
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.volume_format import UPPER, WORK
 
+_OWN = "/proc/thread-self/ns/mnt"
 STAGE = "/usr"
 """A directory of every host, which nobody looks into while a jail's root lies on it."""
 WRITES_WITH = (
@@ -35,9 +36,9 @@ WRITES_WITH = (
 )  # fmt: skip
 """Capabilities of what the kernel itself does in the layers; CAP_SYS_ADMIN is for trusted attributes."""
 _OPTIONS: dict[str, str | None] = {
-    "lowerdir": "lower",
-    "upperdir": f"volume/{UPPER}",
-    "workdir": f"volume/{WORK}",
+    "lowerdir": STAGE,
+    "upperdir": UPPER,
+    "workdir": WORK,
     "redirect_dir": "on",
     "metacopy": "on",
     "index": "off",  # a volume with an index could not be moved to another copy of its image
@@ -45,17 +46,25 @@ _OPTIONS: dict[str, str | None] = {
 
 
 @contextmanager
-def staging() -> Iterator[None]:
+def staging() -> Iterator[int]:
     """Move the caller, who has one thread, into a private copy of the host's mounts, and back (setns(2)).
 
-    The caller's working directory is the root afterwards. Raises OSError.
+    Yields an fd of that namespace, which is the caller's to close afterwards, when nobody waits: whoever lets go of a
+    mount namespace last waits for a grace period of the kernel's RCU. The caller's working directory is the root
+    afterwards. Raises OSError; what raises within has the fd closed.
     """
-    host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    host = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         kernel.unshare(kernel.CLONE_NEWNS)
+        stage = -1
         try:
+            stage = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
             kernel.mount_propagation_private()
-            yield
+            yield stage
+        except BaseException:
+            if stage >= 0:
+                os.close(stage)
+            raise
         finally:
             kernel.setns(host, kernel.CLONE_NEWNS)
     finally:
@@ -70,12 +79,12 @@ def mount(lower: str, volume: str, userns_fd: int, owner: int) -> None:
     """
     place = os.open(STAGE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not lower:
-            root = idmap(volume, userns_fd, read_only=False)
+        if lower:
+            _mount_layers(place, lower, volume, userns_fd)
+            root = _writable(volume, owner)
         else:
-            root = _writable(lambda: _overlay(place, lower, volume, userns_fd, owner), volume)
-        kernel.move_mount(root, place)
-        os.close(root)
+            root = idmap(volume, userns_fd, read_only=False)
+        _attach(root, place)
     finally:
         os.close(place)
 
@@ -96,12 +105,26 @@ def idmap(path: str, userns_fd: int, read_only: bool) -> int:
     return fd
 
 
-def _writable(make: Callable[[], int], volume: str) -> int:
-    """What `make` mounts; where that is read-only, tried again in the room that the volume's reserve takes."""
-    root = make()
+def _mount_layers(place: int, lower: str, volume: str, userns_fd: int) -> None:
+    """Mount the image on `place`, and the volume where the host's is still in sight; change to the latter.
+
+    So no path of the host's is among the options of the overlay, which the guest sees.
+    """
+    _attach(idmap(lower, userns_fd, read_only=True), place)
+    there = os.open(f"{volume}/{WORK}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _attach(idmap(volume, userns_fd, read_only=False), there)
+    finally:
+        os.close(there)
+    os.chdir(f"{volume}/{WORK}")
+
+
+def _writable(volume: str, owner: int) -> int:
+    """A detached overlay; where that is read-only, tried again in the room that the volume's reserve takes."""
+    root = _overlay(owner)
     if os.fstatvfs(root).f_flag & os.ST_RDONLY and volume_format.release_reserve(volume):
         os.close(root)
-        root = make()
+        root = _overlay(owner)
     if os.fstatvfs(root).f_flag & os.ST_RDONLY:
         os.close(root)
         why = "the kernel can write nothing to it: its quota is full, or the pool is"
@@ -110,22 +133,14 @@ def _writable(make: Callable[[], int], volume: str) -> int:
     return root
 
 
-def _overlay(place: int, lower: str, volume: str, userns_fd: int, owner: int) -> int:
-    """A detached overlay. Its layers stay mounted on `place`, below what comes there next."""
-    scratch = kernel.fsmount(
-        "tmpfs", {"mode": "755", "size": "64k"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
-    )
+def _overlay(owner: int) -> int:
+    with capabilities.writing_as(owner, WRITES_WITH):
+        return kernel.fsmount("overlay", _OPTIONS, kernel.MOUNT_ATTR_NODEV)
+
+
+def _attach(mount_fd: int, place: int) -> None:
+    """Attach a detached mount, and close its fd."""
     try:
-        kernel.move_mount(scratch, place)
-        for name, path in (("lower", lower), ("volume", volume)):
-            os.mkdir(name, 0o755, dir_fd=scratch)
-            layer = idmap(path, userns_fd, read_only=name == "lower")
-            try:
-                kernel.move_mount(layer, scratch, name)
-            finally:
-                os.close(layer)
-        os.fchdir(scratch)
-        with capabilities.writing_as(owner, WRITES_WITH):
-            return kernel.fsmount("overlay", _OPTIONS, kernel.MOUNT_ATTR_NODEV)
+        kernel.move_mount(mount_fd, place)
     finally:
-        os.close(scratch)
+        os.close(mount_fd)

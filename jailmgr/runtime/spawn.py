@@ -54,6 +54,8 @@ class Spawned(NamedTuple):
     control: socket.socket
     console: int | None
     notify: int | None
+    stage: int
+    """Of root_mount.staging, to be closed when nobody waits."""
 
 
 class Stdio(NamedTuple):
@@ -108,9 +110,9 @@ def spawn(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
     leaf, tasks = cgroups.leaf_fd(hierarchies, bundle.cgroup), cgroups.open_tasks(hierarchies, bundle.cgroup)
-    pid = 0
+    pid, stage = 0, -1
     try:
-        with root_mount.staging():
+        with root_mount.staging() as staged:
             try:
                 with capabilities.effective_uid(bundle.uid):
                     pid = kernel.fork_into(leaf, _NAMESPACES)
@@ -121,14 +123,18 @@ def spawn(
                 theirs.close()
                 protocol.close_all(tasks if leaf is None else [leaf, *tasks])
             _mount_root(pid, bundle)
+        stage = staged
         _lead(ours, pid, bundle)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
-        return Spawned(pid, os.pidfd_open(pid), ours, console, fds[-1] if len(fds) > (console is not None) else None)
+        notify = fds[-1] if len(fds) > (console is not None) else None
+        return Spawned(pid, os.pidfd_open(pid), ours, console, notify, stage)
     except BaseException as error:
+        if stage >= 0:
+            os.close(stage)
         if not pid:
             ours.close()
             if isinstance(error, OSError):

@@ -133,7 +133,7 @@ def test_no_layer_is_in_sight(guest: Guest) -> None:
     assert guest.jm.root.at not in mounts
     assert not {line.split(" - ")[1].split()[0] for line in mounts.splitlines()} & {"btrfs", "ext4", "xfs"}
     root = next(line for line in mounts.splitlines() if line.split()[4] == "/")
-    assert "lowerdir=lower,upperdir=volume/upper" in root
+    assert "lowerdir=/usr,upperdir=upper,workdir=workdir" in root
 
 
 @pytest.mark.parametrize("name", ["trusted.overlay.redirect", "trusted.overlay.opaque", "trusted.mine"])

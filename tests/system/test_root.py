@@ -145,7 +145,8 @@ def test_rights_come_back_whatever_happens() -> None:
 
     def attempt() -> tuple[object, ...]:
         before = _rights()
-        with pytest.raises(ValueError, match="late"), root_mount.staging():
+        with pytest.raises(ValueError, match="late"), root_mount.staging() as stage:
+            assert os.fstat(stage).st_ino == os.stat("/proc/thread-self/ns/mnt").st_ino
             assert _rights()[0] != before[0]
             with capabilities.writing_as(1234567, root_mount.WRITES_WITH):
                 assert "1234567" in str(_rights()[1])
