@@ -23,9 +23,17 @@ from jailmgr.runtime import netlink
 DIRECTORY = "/run/jailmgr"
 SUBORDINATE = ("/etc/subuid", "/etc/subgid")
 RESOLV_CONF = "/etc/resolv.conf"
-FIRST_ID, LAST_ID, RANGE = 0x70000000, 0x7FFD0000, 65536
-"""Host ids of ours, the last one excluded: above systemd-nspawn's and below systemd's foreign ones (its UIDS-GIDS.md).
-The first range holds the uids of tenants."""
+RANGE = 65536
+"""Each id range begins at a multiple of this, so that the upper 16 bits of its first id are those of no other range."""
+FIRST_ID = 0x70000000
+"""The first of `RANGE` uids of tenants."""
+REGIONS = ((FIRST_ID + RANGE, 0x7FFD0000), (0x80000000, 0xFFFF0000))
+"""Host ids for jails, from the first one up to but not including the second; docs/architecture.md has the arithmetic.
+
+https://systemd.io/UIDS-GIDS: the first region is above systemd-nspawn's ids and below those of foreign images. The
+second one is used where the first has no room: programs of the host that take an id for a signed 32-bit number show
+these as negative. It ends below 4294967294, which NFS servers use for nobody, and (uid_t) -1.
+"""
 
 FOUND = "?"
 """Stands in the file for an instance whose claims were lost but whose processes are there."""
@@ -61,33 +69,50 @@ def claim_mark(root: Root) -> None:
         _held(claims, root)
 
 
-def claim_idmap(root: Root, key: str, wanted: int | None = None, size: int = RANGE) -> int:
-    """The first host id of a range of `size` ids for `key`; the same one as before where `key` has a range already.
+def claim_idmap(root: Root, key: str, wanted: int | None = None, size: int = RANGE, known: int = RANGE) -> int:
+    """Claim a range of `size` host ids for `key`, which gives back the one it has; return the range's first id.
 
-    `wanted` is the range the store knows. Raises JailmgrError: `conflict` where it is taken, `full` where none is free.
+    `key` keeps its range where that has the size already, and begins at `wanted` if given. The store knows `known` ids
+    from `wanted` on as the key's.
+    Raises JailmgrError: `conflict` where ids from `wanted` on are taken or none of ours, `full` where no range is free.
     """
     with _claims() as claims:
         mine = _held(claims, root).idmap
-        if key in mine and mine[key][1] >= size and wanted in {None, mine[key][0]}:
+        if key in mine and mine[key][1] == size and wanted in {None, mine[key][0]}:
             return mine[key][0]
         mine.pop(key, None)
         if wanted is not None and FOUND in claims:
-            claims[FOUND].idmap.pop(str(wanted), None)
-        taken = sorted(
-            [span for held in claims.values() for span in held.idmap.values()] + list(_subordinate(FIRST_ID, LAST_ID))
-        )
-        first = _free(taken, FIRST_ID + RANGE, size) if wanted is None else wanted
-        if any(first < start + count and start < first + size for start, count in taken):
+            # User namespaces of the jail's own had a part of its range each.
+            lost = claims[FOUND].idmap
+            for start in [start for start, span in lost.items() if _is_within(span, (wanted, known))]:
+                del lost[start]
+        taken = [span for held in claims.values() for span in held.idmap.values()]
+        gaps = _gaps([*taken, *_subordinate(REGIONS[0][0], REGIONS[-1][1])])
+        if wanted is None:
+            wanted = next((start for start, count in gaps if count >= size), None)
+            if wanted is None:
+                raise _full(size, max((count for _, count in gaps), default=0))
+        elif not any(_is_within((wanted, size), gap) for gap in gaps):
             raise JailmgrError(
-                f"id range {first}",
+                f"id range {wanted}",
                 "it is in use by another instance of jailmgr, or named in /etc/subuid or /etc/subgid",
-                f"Ids from {FIRST_ID} to {LAST_ID - 1} are jailmgr's.",
+                f"Ids {' and '.join(f'{first} to {end - 1}' for first, end in REGIONS)} are jailmgr's.",
                 "conflict",
             )
-        if first + size > LAST_ID:
-            raise JailmgrError("id range", f"none of {size} ids is free", "Delete jails.", "full")
-        mine[key] = (first, size)
-        return first
+        mine[key] = (wanted, size)
+        return wanted
+
+
+def _full(size: int, largest: int) -> JailmgrError:
+    hint = "Delete jails."
+    if largest >= RANGE:
+        hint = f"The largest free range has {largest} ids: set security.idmap.size={largest} or less, or delete jails."
+    return JailmgrError("id range", f"no range of {size} ids is free on this host", hint, "full")
+
+
+def count_ranges(size: int) -> int:
+    """Return how many ranges of `size` ids a host without jails has."""
+    return sum(count // size for _, count in _gaps(_subordinate(REGIONS[0][0], REGIONS[-1][1])))
 
 
 def claim_uid(root: Root, tenant: str, wanted: int | None = None) -> int:
@@ -98,11 +123,13 @@ def claim_uid(root: Root, tenant: str, wanted: int | None = None) -> int:
             return mine[tenant]
         mine.pop(tenant, None)
         taken = {uid for held in claims.values() for uid in held.uid.values()}
-        spans = [*_subordinate(FIRST_ID, FIRST_ID + RANGE), *((uid, 1) for uid in taken)]
-        uid = _free(sorted(spans), FIRST_ID + 1, 1) if wanted is None else wanted
+        end = FIRST_ID + RANGE
+        spans = list(_subordinate(FIRST_ID, end))
+        free = (uid for uid in range(FIRST_ID + 1, end) if uid not in taken and not _is_named(uid, spans))
+        uid = next(free, end) if wanted is None else wanted
         if uid in taken:
             raise JailmgrError(f"uid {uid} of tenant {tenant}", "another instance of jailmgr has it", code="conflict")
-        if uid >= FIRST_ID + RANGE:
+        if uid >= end:
             raise JailmgrError(f"tenant {tenant}", "no host uid is free", "Delete tenants.", "full")
         mine[tenant] = uid
         return uid
@@ -165,6 +192,20 @@ def release(root: Root, kind: str, key: str) -> None:
         getattr(_held(claims, root), kind).pop(key, None)
 
 
+def has_port(root: Root, key: str) -> bool:
+    """Return whether an instance claims a port of the host for `key`."""
+    with _claims() as claims:
+        return key in _held(claims, root).port
+
+
+def release_ports(root: Root, keep: Iterable[str]) -> None:
+    """Give back the claims of host ports of an instance, except those whose keys are in `keep`."""
+    kept = set(keep)
+    with _claims() as claims:
+        mine = _held(claims, root)
+        mine.port = {key: port for key, port in mine.port.items() if key in kept}
+
+
 def release_all(root: Root) -> None:
     """Gives back all that an instance has claimed; the last one takes the file away."""
     with _claims() as claims:
@@ -216,15 +257,24 @@ def _free_subnet(seed: str, taken: list[ipaddress.IPv4Network]) -> ipaddress.IPv
     raise JailmgrError("subnet", "no /24 of 10.0.0.0/8 is free", "Name one: -c ipv4.address=192.168.83.1/24", "full")
 
 
-def _free(taken: Iterable[tuple[int, int]], lowest: int, size: int) -> int:
-    """The lowest place, in steps of a range, where `size` ids are free; `taken` is sorted. It may lie past the end."""
-    step = RANGE if size > 1 else 1
-    for start, count in taken:
-        if lowest + size <= start:
-            break
-        if start + count > lowest:
-            lowest = -(-(start + count) // step) * step if size > 1 else start + count
-    return lowest
+def _gaps(taken: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return first id and size of each gap between spans in REGIONS, from a multiple of RANGE to the next span."""
+    gaps, spans = [], sorted(taken)
+    for lowest, end in REGIONS:
+        for start, count in [*spans, (end, 0)]:
+            until = min(start, end)
+            if until > lowest:
+                gaps.append((lowest, until - lowest))
+            lowest = max(lowest, -(-(start + count) // RANGE) * RANGE)
+    return gaps
+
+
+def _is_within(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= span[0] and span[0] + span[1] <= other[0] + other[1]
+
+
+def _is_named(uid: int, spans: Iterable[tuple[int, int]]) -> bool:
+    return any(_is_within((uid, 1), span) for span in spans)
 
 
 def _subordinate(first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -250,7 +300,7 @@ def _in_use() -> Iterator[tuple[int, int]]:
         with contextlib.suppress(OSError):
             for line in (process / "uid_map").read_text().splitlines():
                 _, start, count = map(int, line.split())
-                if start >= FIRST_ID + RANGE and start + count <= LAST_ID:
+                if any(_is_within((start, count), (first, end - first)) for first, end in REGIONS):
                     yield start, count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, ip_address
@@ -14,15 +15,22 @@ from jailmgr.units import parse_allowance, parse_bit_rate, parse_percent, parse_
 Check = Callable[[str], None]
 
 LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z", re.ASCII)
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*\Z", re.ASCII)
 _ENDPOINT = re.compile(r"(tcp|udp):(\[[0-9a-fA-F:.]+\]|[0-9.]*):(\d{1,5})\Z", re.ASCII)
 
 
 class Key(msgspec.Struct, frozen=True):
-    """A key. `check` raises ValueError with what was expected; `live`: a running jail takes it at once."""
+    """A key. `check` raises ValueError with what was expected; `live`: a running jail takes it at once.
+
+    `root`: only the host's root may set or unset it, no user of a tenant.
+    """
 
     check: Check
     live: bool
     doc: str
+    root: bool = False
+    secret: bool = False
+    """Leave the value out of errors, which are logged."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -99,6 +107,18 @@ def bit_rate(text: str) -> None:
 def free_text(text: str) -> None:
     if "\0" in text or len(text) > 65536:
         raise ValueError("the value has a NUL byte or more than 65536 characters")
+
+
+def parse_base64(text: str) -> bytes:
+    """Decode base64 (RFC 4648, section 4); padding may be missing or too long, as in Incus. ValueError else."""
+    bare = "".join(text.split()).rstrip("=")
+    if not _BASE64.match(bare) or len(bare) % 4 == 1:
+        raise ValueError("the value is not base64")
+    return binascii.a2b_base64(bare + "=" * (-len(bare) % 4))
+
+
+def base64(text: str) -> None:
+    parse_base64(text)
 
 
 def ipv4(text: str) -> None:

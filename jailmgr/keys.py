@@ -9,22 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from jailmgr.devices import FIXED as FIXED
+from jailmgr.devices import TYPES as TYPES
+from jailmgr.devices.disk import DISK_MIN as DISK_MIN
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import (
     LABEL,
     Key,
     allowance,
     at_least,
+    base64,
     bit_rate,
     check_value,
-    endpoint,
     free_text,
-    ipv4,
-    label,
     near_miss,
     one_of,
-    parse_endpoint,
-    rate,
     swap,
     truth,
     whole,
@@ -36,14 +35,22 @@ Devices = dict[str, dict[str, str]]
 
 MEMORY_MIN = 4 << 20
 """Less than this no init survives its own exec."""
-DISK_MIN = 1 << 20
 CONNECTIONS = 4096
 """`limits.connections` of a jail where it isn't set: a hundredth or so of what a host can keep (nf_conntrack_max)."""
+IDS_MIN, IDS_MAX = 65536, 0x7FFF0000
+"""systemd and distributions take ids up to 65534 for granted (https://systemd.io/UIDS-GIDS). The most is the larger
+region of claims.py: no id in a jail is 2^31 or above, which many programs take for negative."""
+IDS = 1 << 20
+"""`security.idmap.size` where it isn't set; docs/architecture.md has the arithmetic."""
 CONNECTIONS_MAX = 16384
 """The kernel goes through all that it has counted as it counts another: 2 ms for so many, 25 for four times as many."""
 
+SOCKETCALL = "security.syscalls.allow_socketcall"
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9._-]{1,255}\Z", re.ASCII)
+_CREDENTIAL = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9@._+,~\\-]{1,255}\Z", re.ASCII)
+"""A file's name without a colon (systemd's credential_name_valid)."""
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z", re.ASCII)
 
 
@@ -92,37 +99,45 @@ CONFIG: dict[str, Key] = {
     "restart": Key(
         one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
     ),
+    SOCKETCALL: Key(
+        truth,
+        False,
+        "`true`: 32-bit x86 programs have a network; a jail's other programs are as before. The wall around families "
+        "of sockets is open for the jail then (docs/security.md). Only root may set it.",
+        root=True,
+    ),
+    "security.idmap.isolated": Key(
+        one_of("true"), True, "No two jails of a host have an id of the host in common: it is always true."
+    ),
+    "security.idmap.size": Key(
+        whole(IDS_MIN, IDS_MAX),
+        False,
+        f"Number of user and group ids the jail has, from 0 on; where it isn't set, {IDS}.",
+    ),
 }
-"""Keys by name. `environment.NAME` and `user.ANYTHING` besides (`PREFIXES`)."""
+"""Keys by name. `PREFIXES` has those with a name of the user's in them."""
+
+TEXT_CREDENTIAL, BINARY_CREDENTIAL = "systemd.credential.", "systemd.credential-binary."
+
+REFUSED = {
+    "security.idmap.base": (
+        "the host's ids of a jail are chosen anew wherever it starts, so that no two jails have one in common",
+        "security.idmap.size sets how many there are; owners of files are kept as they are in the jail.",
+    )
+}
+"""Why a key of LXD's is not one here, and a hint."""
 
 PREFIXES: dict[str, tuple[re.Pattern[str], Key]] = {
     "environment.": (_VARIABLE, Key(free_text, False, "A variable of init's environment and of what is exec'd.")),
+    TEXT_CREDENTIAL: (
+        _CREDENTIAL,
+        Key(free_text, False, "A credential for systemd in the jail, as text; `-` reads it from stdin.", secret=True),
+    ),
+    BINARY_CREDENTIAL: (_CREDENTIAL, Key(base64, False, "The same in base64, for one that is not text.", secret=True)),
     "user.": (_USER, Key(free_text, True, "Free text of yours.")),
 }
 
-DEVICES: dict[str, dict[str, Key]] = {
-    "disk": {
-        "path": Key(one_of("/"), False, "Where it is mounted."),
-        "pool": Key(one_of("default"), False, "The storage pool it lies in."),
-        "size": Key(at_least(DISK_MIN), True, "Bytes it may take."),
-        "limits.read": Key(rate, True, "Bytes (`20MiB`) or operations (`500iops`) a second that may be read."),
-        "limits.write": Key(rate, True, "The same for what is written, by way of the page cache too."),
-        "limits.max": Key(rate, True, "Both `limits.read` and `limits.write`."),
-    },
-    "nic": {
-        "network": Key(label, False, "The tenant's network it is attached to."),
-        "name": Key(one_of("eth0"), False, "The interface's name in the jail."),
-        "ipv4.address": Key(ipv4, False, "Its IPv4 address; one is chosen where none is given."),
-        "limits.ingress": Key(bit_rate, True, "Bits a second the jail may receive, headers included: `10Mbit`."),
-        "limits.egress": Key(bit_rate, True, "The same for what it sends."),
-        "limits.max": Key(bit_rate, True, "Both `limits.ingress` and `limits.egress`."),
-    },
-    "proxy": {
-        "listen": Key(endpoint, True, "Where the host listens: `tcp:0.0.0.0:8080`."),
-        "connect": Key(endpoint, True, "Where it leads in the jail: `tcp:127.0.0.1:80`; only the port counts."),
-        "nat": Key(one_of("true"), True, "Forwarded by the kernel's NAT; there is no other way here."),
-    },
-}
+DEVICES: dict[str, dict[str, Key]] = {kind: type_.keys for kind, type_ in TYPES.items()}
 """Keys of each type of device, besides `type`."""
 
 SHORT: dict[str, tuple[str, str, Callable[[str], int]]] = {
@@ -134,8 +149,6 @@ SHORT: dict[str, tuple[str, str, Callable[[str], int]]] = {
 
 SIZE_MAX, DEVICES_MAX = 64 * 1024, 256
 """Of one jail: `list` tells them all, and each port is a rule."""
-FIXED = {"root": "disk", "eth0": "nic"}
-"""Devices every jail has; more of their types are refused."""
 
 
 def check_name(name: str, what: str = "jail") -> None:
@@ -152,6 +165,9 @@ def find_key(name: str) -> Key:
     """The configuration key of a name; JailmgrError `invalid` with the nearest one where there is none."""
     if name in CONFIG:
         return CONFIG[name]
+    if name in REFUSED:
+        why, hint = REFUSED[name]
+        raise JailmgrError(f"key {name!r}", why, hint, "invalid")
     for prefix, (pattern, key) in PREFIXES.items():
         if name.startswith(prefix):
             if not pattern.match(name[len(prefix) :]):
@@ -164,11 +180,16 @@ def find_key(name: str) -> Key:
 def check_config(config: Mapping[str, str]) -> None:
     """Refuse unknown keys and bad values (JailmgrError `invalid`)."""
     for name, value in config.items():
-        check_value(find_key(name), f"{name}={value}", value)
+        key = find_key(name)
+        check_value(key, name if key.secret else f"{name}={value}", value)
+    for name in config:
+        if name.startswith(TEXT_CREDENTIAL) and (twin := BINARY_CREDENTIAL + name[len(TEXT_CREDENTIAL) :]) in config:
+            raise JailmgrError(f"key {name}", f"{twin} is set too", "Unset one of the two.", "invalid")
 
 
 def check_devices(devices: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse unknown devices, unknown keys of them, bad values, and proxies whose ends don't fit each other."""
+    """Refuse unknown devices, unknown keys of them, bad values, and what does not fit together."""
+    places: dict[str, str] = {}
     for name, device in devices.items():
         if not _DEVICE.match(name):
             raise JailmgrError(f"device {name!r}", "the name is not one of letters, digits, ., _ and -", "", "invalid")
@@ -185,21 +206,24 @@ def check_devices(devices: Mapping[str, Mapping[str, str]]) -> None:
                     "invalid",
                 )
             check_value(keys[key], f"device {name}: {key}={value}", value)
-        if kind == "proxy":
-            _check_proxy(name, device)
+        TYPES[kind].check(name, device)
+        if (place := TYPES[kind].place(device)) and (other := places.setdefault(place, name)) != name:
+            raise JailmgrError(f"device {name}", f"{place} is device {other} already", "", "invalid")
 
 
 def device_type(name: str, device: Mapping[str, str]) -> str:
-    """disk, nic or proxy; `root` and `eth0` need not say it. JailmgrError `invalid` for what there is not."""
+    """The type of a device, a key of TYPES; `root` and `eth0` need not have one. JailmgrError `invalid` else."""
     kind = device.get("type", FIXED.get(name, ""))
     if not kind:
-        hint = near_miss(name, FIXED) or "Devices are root (disk), eth0 (nic), and any number of type proxy."
+        free = ", ".join(kind for kind, type_ in TYPES.items() if not type_.only)
+        hint = near_miss(name, FIXED) or f"Devices are root (disk), eth0 (nic), and any number of type {free}."
         raise JailmgrError(f"device {name}", "it has no type", hint, "invalid")
-    if kind not in DEVICES:
-        raise JailmgrError(f"device {name}", f"there is no device type {kind!r}", near_miss(kind, DEVICES), "invalid")
-    if FIXED.get(name, "proxy") != kind:
+    if kind not in TYPES:
+        hint = near_miss(kind, TYPES) or _known(TYPES)
+        raise JailmgrError(f"device {name}", f"there is no device type {kind!r}", hint, "invalid")
+    only = TYPES[kind].only
+    if FIXED.get(name, kind) != kind or only not in ("", name):
         why = f"{name} is a {FIXED[name]} device" if name in FIXED else f"a jail has one {kind} device"
-        only = next((fixed for fixed, type_ in FIXED.items() if type_ == kind), "")
         raise JailmgrError(f"device {name}", why, f"Its name is {only}." if only else "", "invalid")
     return kind
 
@@ -233,19 +257,6 @@ def _check_size(config: Mapping[str, str], devices: Mapping[str, Mapping[str, st
 def is_live(key: str) -> bool:
     """Whether a running jail takes a change of this configuration key at once."""
     return find_key(key).live
-
-
-def _check_proxy(name: str, device: Mapping[str, str]) -> None:
-    for end in ("listen", "connect"):
-        if end not in device:
-            raise JailmgrError(
-                f"device {name}",
-                f"a proxy needs {end!r}",
-                "Such as listen=tcp:0.0.0.0:8080 connect=tcp:127.0.0.1:80.",
-                "invalid",
-            )
-    if parse_endpoint(device["listen"]).protocol != parse_endpoint(device["connect"]).protocol:
-        raise JailmgrError(f"device {name}", "its two ends speak different protocols", "", "invalid")
 
 
 def _known(names: Iterable[str]) -> str:

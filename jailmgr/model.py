@@ -82,6 +82,10 @@ class Port(msgspec.Struct, frozen=True):
     protocol: str
 
 
+FIRST_IDMAP_SIZE = 65536
+"""Number of ids of each jail of a release before `security.idmap.size`, which kept the base alone."""
+
+
 class Jail(msgspec.Struct, frozen=True):
     """A jail as it is kept. `config` and `devices` are LXD's, as the user set them; the rest was chosen by us."""
 
@@ -98,6 +102,8 @@ class Jail(msgspec.Struct, frozen=True):
     devices: dict[str, dict[str, str]]
     idmap_base: int
     nics: list[Nic] = []
+    idmap_size: int = FIRST_IDMAP_SIZE
+    """Number of host ids from `idmap_base` on; `security.idmap.size` is what the next start gives the jail."""
 
     @property
     def full_name(self) -> str:
@@ -129,6 +135,7 @@ class Amounts(msgspec.Struct, frozen=True):
     networks: int | None = None
     snapshots: int | None = None
     ports: int | None = None
+    ids: int | None = None
 
 
 class Used(Amounts, frozen=True):
@@ -259,6 +266,8 @@ class JailInfo(JailView, frozen=True):
     log: str = ""
     pool: str = ""
     idmap: str = ""
+    uuid: str = ""
+    """No other jail's; systemd in it has it as its machine-id(5) from its first boot on."""
     apparmor: str = ""
     """Profile and mode of a running jail's init, `jailmgr (enforce)`; empty on hosts without AppArmor."""
     started_at: str | None = None

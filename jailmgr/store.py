@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any, Final, Literal
+from uuid import uuid4
 
 import msgspec
 
@@ -18,7 +19,7 @@ from jailmgr.database import Database
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.key_checks import near_miss
 from jailmgr.keys import Config, Devices
-from jailmgr.model import Image, Jail, Network, Nic, Port, Tenant
+from jailmgr.model import FIRST_IDMAP_SIZE, Image, Jail, Network, Nic, Port, Tenant
 from jailmgr.store_copies import Damage
 
 State = Literal["creating", "ready", "deleting", "renaming"]
@@ -27,7 +28,10 @@ READY: Final = "ready"
 DELETING: Final = "deleting"
 RENAMING: Final = "renaming"
 
-_JAILS = "SELECT id, tenant, name, image, source, created_at, config, devices, idmap_base, state, next FROM jails"
+_JAILS = (
+    "SELECT id, tenant, name, image, source, created_at, config, devices, idmap_base,"
+    " (SELECT value FROM facts WHERE facts.name = 'idmap/' || jails.id), state, next FROM jails"
+)
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -278,7 +282,19 @@ class Store(Database):
             )
             row = self.find_row(tenant, name)
             assert row is not None
+            self.uuid(row.jail)
             return row.jail
+
+    def uuid(self, jail: Jail) -> str:
+        """The jail's UUID. It belongs to the jail's id, which no other jail gets: neither a copy nor an import.
+
+        One is made for a jail of a release before this one.
+        """
+        found = self.fact(_uuid_fact(jail))
+        if not found:
+            found = str(uuid4())
+            self.set_fact(_uuid_fact(jail), found)
+        return found
 
     def reserve_ids(self, jails: int, networks: int, tenants: int) -> None:
         """Give no id up to these to anything made from here on: what has it is there, and not in the store."""
@@ -289,7 +305,7 @@ class Store(Database):
                     db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
                     db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (table, last))
 
-    def take_back(self, jail: Jail, tenant: Tenant, networks: list[Network], ports: list[Port]) -> None:
+    def take_back(self, jail: Jail, tenant: Tenant, networks: list[Network], ports: list[Port], uuid: str) -> None:
         """Put a ready jail's row back as it was, in place of any that has its id or name; its tenant's and networks'
         where there are none. All or nothing. JailmgrError `exists` where an id, address or port has become another's.
         """
@@ -309,9 +325,12 @@ class Store(Database):
                 )
             except sqlite3.IntegrityError as error:
                 raise JailmgrError(f"jail {jail.full_name}", f"its place is taken ({error})", "", "exists") from None
+            self._set_idmap(jail)
             by_name = {network.name: network for network in networks}
             self.set_nics(jail, [(by_name[nic.network], nic) for nic in jail.nics])
             self.set_ports(jail, ports)
+            if uuid:
+                self.set_fact(_uuid_fact(jail), uuid)
 
     def _take_back_tenant(self, tenant: Tenant) -> None:
         found = self.find_tenant(tenant.name)
@@ -340,6 +359,11 @@ class Store(Database):
                 "UPDATE jails SET image = ?, config = ?, devices = ?, idmap_base = ? WHERE id = ?",
                 (jail.image, _text(jail.config), _text(jail.devices), jail.idmap_base, jail.id),
             )
+            self._set_idmap(jail)
+
+    def _set_idmap(self, jail: Jail) -> None:
+        """Remember the size of a jail's id range, with its base: a release before this one changes the base alone."""
+        self.set_fact(_idmap_fact(jail), _text((jail.idmap_base, jail.idmap_size)))
 
     def set_nics(self, jail: Jail, nics: list[tuple[Network, Nic]]) -> None:
         """JailmgrError `exists` where an address is taken in its network."""
@@ -371,6 +395,7 @@ class Store(Database):
     def remove(self, jail: Jail) -> None:
         with self.transaction() as db:
             db.execute("DELETE FROM jails WHERE id = ?", (jail.id,))
+            db.execute("DELETE FROM facts WHERE name IN (?, ?)", (_uuid_fact(jail), _idmap_fact(jail)))
 
     # ports
 
@@ -421,6 +446,10 @@ def port_taken(port: Port, why: str) -> JailmgrError:
     return JailmgrError(f"port {where}{port.host_port}/{port.protocol}", why, "Choose another host port.", "exists")
 
 
+def _uuid_fact(jail: Jail) -> str:
+    return f"uuid/{jail.id}"
+
+
 def _text(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
@@ -453,10 +482,17 @@ def _tenant(row: Any) -> Tenant:
 
 _DEVICES = msgspec.json.Decoder(dict[str, dict[str, str]])
 _CONFIG = msgspec.json.Decoder(dict[str, str])
+_IDMAP = msgspec.json.Decoder(tuple[int, int])
+"""Base and size of an id range."""
+
+
+def _idmap_fact(jail: Jail) -> str:
+    return f"idmap/{jail.id}"
 
 
 def _row(row: Any, nics: list[Nic]) -> Row:
-    ident, tenant, name, image, source, created_at, config, devices, idmap_base, state, next_name = row
+    ident, tenant, name, image, source, created_at, config, devices, idmap_base, idmap, state, next_name = row
+    known_base, size = _IDMAP.decode(idmap) if idmap else (0, 0)
     jail = Jail(
         ident,
         tenant,
@@ -468,5 +504,6 @@ def _row(row: Any, nics: list[Nic]) -> Row:
         _DEVICES.decode(devices),
         idmap_base,
         nics,
+        size if idmap and known_base == idmap_base else FIRST_IDMAP_SIZE,
     )
     return Row(jail, state, next_name)

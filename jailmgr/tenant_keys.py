@@ -30,6 +30,8 @@ from jailmgr.keys import CONNECTIONS_MAX, DISK_MIN, MEMORY_MIN, PREFIXES, Config
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\$?\Z", re.ASCII)
 _SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,254}\Z", re.ASCII)
+IDS_OF_USERS = 1 << 28
+"""A ninth of what a host has for jails: no tenant's users leave the others without (docs/architecture.md)."""
 _PORTS = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?\Z", re.ASCII)
 
 
@@ -81,6 +83,11 @@ TENANT: dict[str, Key] = {
     "limits.cpu.priority": Key(whole(0, 10), True, "Priority against tenants of the same share; 10 the most."),
     "limits.disk": Key(at_least(DISK_MIN), True, "Bytes that all of its volumes may take together."),
     "limits.egress": Key(bit_rate, True, "Bits a second that its jails may send, headers included: `100Mbit`."),
+    "limits.ids": Key(
+        whole(0, 0xFFFFFFFF), True,
+        "Number of ids of the host that its jails have (`security.idmap.size`), all together. Where it isn't set: no "
+        f"limit; in a tenant that has `users` or `groups` {IDS_OF_USERS}.",
+    ),
     "limits.ingress": Key(bit_rate, True, "The same for what they receive."),
     "limits.instances": Key(whole(0, 1_000_000), True, "Number of jails."),
     "limits.io": Key(rate, True, "Bytes (`20MiB`) or operations (`500iops`) a second, read and written each."),
@@ -132,6 +139,11 @@ def find_tenant_key(name: str) -> Key:
         return key
     hint = near_miss(name, [*TENANT, "user.NAME"]) or f"There are: {', '.join(sorted(TENANT))}."
     raise JailmgrError(f"key {name!r}", "a tenant has no such key", hint, "invalid")
+
+
+def may_be_used(config: Config) -> bool:
+    """Whether the tenant has users of the host: who they are, nobody needs to trust."""
+    return bool(config.get("users") or config.get("groups"))
 
 
 def may_overcommit(config: Config) -> bool:

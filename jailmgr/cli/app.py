@@ -5,7 +5,20 @@ from __future__ import annotations
 import platform
 
 from jailmgr import __version__
-from jailmgr.cli import configuration, doctor, engine, files, images, jails, ports, sessions, templates, tenants, top
+from jailmgr.cli import (
+    configuration,
+    devices,
+    doctor,
+    engine,
+    files,
+    images,
+    jails,
+    ports,
+    sessions,
+    templates,
+    tenants,
+    top,
+)
 from jailmgr.cli.command import command, group, new_app
 from jailmgr.cli.output import show
 from jailmgr.cli.settings import Settings
@@ -20,6 +33,7 @@ top.add(app)
 templates.add(group(app, "template", "Recipes that images are built from."))
 images.add(group(app, "image", "Built, read-only root file systems."))
 tenants.add(group(app, "tenant", "Walls between those who share the host: totals over all of a tenant's jails."))
+devices.add(group(app, "device", "A jail's devices: LXD's types and keys."))
 ports.add(group(app, "port", "Ports of the host that lead into jails."))
 engine.add(group(app, "engine", "The background process; it starts by itself."))
 doctor.add(app)

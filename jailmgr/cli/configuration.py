@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +38,7 @@ def set_(
 ) -> int:
     """Set configuration keys. At once where the kernel can, else at the next start, and it says so."""
     config, devices = split_keys(pairs, "")
-    return _change(settings, name, config, devices)
+    return change(settings, name, config, devices)
 
 
 def unset(
@@ -54,10 +55,11 @@ def unset(
             devices.setdefault(device, {})[of_device] = None
         else:
             config[key] = None
-    return _change(settings, name, config, devices)
+    return change(settings, name, config, devices)
 
 
-def _change(settings: Settings, name: str, config: dict[str, Any], devices: dict[str, dict[str, Any]]) -> int:
+def change(settings: Settings, name: str, config: dict[str, Any], devices: Mapping[str, dict[str, Any] | None]) -> int:
+    """Have the engine change a jail's keys and devices, those that are None removed, and report what waits."""
     tenant, jail = split_name(settings, name)
     body = {"config": config, "devices": devices}
     answer = existing_engine(settings.root).call("PATCH", f"/1.0/instances/{jail}?project={tenant}", body) or {}
@@ -75,7 +77,7 @@ def get(
     settings: Settings, name: Name, key: Annotated[str, typer.Argument(metavar="KEY", help="The key to show.")]
 ) -> int:
     """Show a configuration key's value. An empty line where it is not set."""
-    value = flat_keys(_look(settings, name)).get(ALIASES.get(key, key))
+    value = flat_keys(look(settings, name)).get(ALIASES.get(key, key))
     if value is None:
         from jailmgr.keys import find_key
 
@@ -87,13 +89,14 @@ def get(
 
 def show_(settings: Settings, name: Name) -> int:
     """Show a jail's configuration and devices."""
-    view = _look(settings, name)
+    view = look(settings, name)
     document = {key: view.get(key) for key in ("name", "tenant", "config", "devices")}
     show(settings, document, lambda: fields(list(flat_keys(view).items())))
     return 0
 
 
-def _look(settings: Settings, name: str) -> dict[str, Any]:
+def look(settings: Settings, name: str) -> dict[str, Any]:
+    """The jail as the engine shows it."""
     tenant, jail = split_name(settings, name)
     view: dict[str, Any] = existing_engine(settings.root).call("GET", f"/1.0/instances/{jail}?project={tenant}")
     return view

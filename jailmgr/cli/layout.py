@@ -156,6 +156,7 @@ def jail_page(info: View) -> str:
         ("Console log", info.get("log") or "-"),
         ("Pool", info.get("pool") or "-"),
         ("Ids", info.get("idmap") or "-"),
+        ("UUID", info.get("uuid") or "-"),
         ("AppArmor", info.get("apparmor") or "-"),
     ]
     by_directory: dict[str, list[str]] = {}

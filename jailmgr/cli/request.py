@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 from jailmgr.cli.settings import wrong_usage
@@ -9,6 +10,9 @@ from jailmgr.units import parse_cpus
 
 DEVICES = ("root", "eth0")
 """Devices whose keys may be written DEVICE.KEY among the configuration keys; published ports (`port-…`) too."""
+
+CREDENTIALS = "systemd.credential"
+"""What keys of credentials begin with, those in base64 too."""
 
 
 class Wanted(NamedTuple):
@@ -99,17 +103,34 @@ def split_pair(text: str, option: str) -> tuple[str, str]:
 
 
 def split_keys(pairs: list[str], option: str = "-c") -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Configuration and devices of `KEY=VALUE` words; `root.size=5GiB` is the root device's."""
+    """Configuration and devices of `KEY=VALUE` words; `root.size=5GiB` is the root device's.
+
+    Reads stdin for the value of a credential that is given as `-`.
+    """
     config: dict[str, str] = {}
     devices: dict[str, dict[str, str]] = {}
+    from_stdin = ""
     for text in pairs:
         key, value = split_pair(text, option)
+        if value == "-" and key.startswith(CREDENTIALS):
+            if from_stdin:
+                raise wrong_usage(f"{key}=-", f"{from_stdin} is read from stdin already", "Set one after the other.")
+            from_stdin, value = key, _secret_from_stdin(key)
         device, of_device = split_device(key)
         if device:
             devices.setdefault(device, {})[of_device] = value
         else:
             config[key] = value
     return config, devices
+
+
+def _secret_from_stdin(key: str) -> str:
+    """A credential that every user of the host could read on the command line (proc_pid_cmdline(5))."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        hint = f"Set {CREDENTIALS}-binary.NAME to its base64."
+        raise wrong_usage(f"{key}=-", "what stdin has is not UTF-8", hint) from None
 
 
 def split_device(key: str) -> tuple[str, str]:

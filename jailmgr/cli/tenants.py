@@ -31,6 +31,7 @@ TITLES = {
     "networks": "Networks",
     "snapshots": "Snapshots",
     "ports": "Ports",
+    "ids": "Ids",
 }
 
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jailmgr.engine.answers import accepted, done
-from jailmgr.engine.requests import Body, begin, body_of, call, engine_of, flag, listed, number, tenant_of
+from jailmgr.engine.requests import Body, begin, body_of, call, caller_of, engine_of, flag, listed, number, tenant_of
 from jailmgr.errors import full_name
 from jailmgr.keys import check_name
 from jailmgr.manager import configure, create, delete, start, stop, view
@@ -70,11 +70,12 @@ async def add(request: Request) -> Response:
     """POST /1.0/instances: what can be refused is refused at once, the rest is an operation that can be cancelled."""
     engine, body, tenant = engine_of(request), await body_of(request, NewInstance), tenant_of(request)
     wanted = (tenant, body.name, body.source.alias, body.config, body.devices)
-    await call(request, create.check_new, *wanted)
+    root = caller_of(request) is None
+    await call(request, create.check_new, *wanted, root=root)
     make = partial(create.launch, wait=body.wait) if body.start else create.create
 
     def work(progress: Progress, cancelled: Cancelled) -> dict[str, str]:
-        jail = make(engine.manager, *wanted, progress=progress, cancelled=cancelled)
+        jail = make(engine.manager, *wanted, root=root, progress=progress, cancelled=cancelled)
         return {"name": jail.name, "tenant": jail.tenant}
 
     title = f"{'launching' if body.start else 'creating'} {body.name or body.source.alias}"
@@ -113,7 +114,8 @@ async def show_state(request: Request) -> Response:
 async def change(request: Request) -> Response:
     """PATCH /1.0/instances/NAME: done when answered; tells which keys need a restart to take effect."""
     body, (tenant, name) = await body_of(request, Changes), _jail(request)
-    restart_needed = await call(request, configure.configure, tenant, name, body.config, body.devices)
+    root = caller_of(request) is None
+    restart_needed = await call(request, configure.configure, tenant, name, body.config, body.devices, root=root)
     return done({"restart_needed": restart_needed})
 
 

@@ -6,7 +6,9 @@ The archive is POSIX pax (tarfile.PAX_FORMAT; pax(1)), with
 - owners as numbers, permissions with the set-id and sticky bits;
 - extended attributes as `SCHILY.xattr.NAME`, sorted by name, but for those a host gives files by itself
   (security.selinux, security.ima, security.evm) and btrfs's own (btrfs.*);
-- of files with several names the first one with the content, the others as links to it;
+- of files with several names the first one with the content, the others as links to it. Equal inode numbers don't make
+  two names one file: in an overlay of several layers two files may have one number. All that stat(2) says must be
+  equal, and so must content and extended attributes, read again;
 - no time at all: what differs between two builds of the same content, and nothing that runs, is when it was written;
 - no sockets, which tar has no word for.
 """
@@ -20,6 +22,7 @@ import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
@@ -51,7 +54,7 @@ def canonical_tar(rootfs: str) -> Iterator[bytes]:
     bytes, a file changes while it is read, or a file has an attribute `trusted.*`: by those overlayfs finds a file's
     content elsewhere in the image (overlayfs.rst, "Permission model").
     """
-    seen: dict[tuple[int, int], str] = {}
+    seen: dict[tuple[int, ...], str] = {}
     with _explained(rootfs), _open(rootfs) as top:
         for path, folder, name, found in _walk(top):
             entry = _entry(path, folder, name, found)
@@ -59,7 +62,9 @@ def canonical_tar(rootfs: str) -> Iterator[bytes]:
                 continue
             first = path
             if found.st_nlink > 1 and not entry.isdir():
-                first = seen.setdefault((found.st_dev, found.st_ino), path)
+                first = seen.setdefault(_identity(found), path)
+                if first != path and not _is_same(top, first, path):
+                    first = path
             if first != path:
                 entry.type, entry.linkname, entry.size, entry.pax_headers = tarfile.LNKTYPE, first, 0, {}
             yield entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
@@ -70,11 +75,11 @@ def canonical_tar(rootfs: str) -> Iterator[bytes]:
 
 def disk_size(rootfs: str) -> int:
     """Bytes the tree below `rootfs` takes on disk, files of several names once. Raises as `canonical_tar` does."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, ...]] = set()
     size = 0
     with _explained(rootfs), _open(rootfs) as top:
         for _path, _folder, _name, found in _walk(top):
-            inode = (found.st_dev, found.st_ino)
+            inode = _identity(found)
             if inode not in seen:
                 size += found.st_blocks * 512
             if found.st_nlink > 1:
@@ -139,6 +144,25 @@ def _entry(path: str, folder: int, name: str, found: os.stat_result) -> tarfile.
         entry.devmajor, entry.devminor = os.major(found.st_rdev), os.minor(found.st_rdev)
     entry.pax_headers = _xattrs(f"/proc/self/fd/{folder}/{name}")
     return entry
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    """What two names of one file have in common by stat(2)."""
+    return (*found[:6], found.st_rdev, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _is_same(top: int, one: str, other: str) -> bool:
+    """Whether two paths with one identity have the same content and extended attributes."""
+    with _open(os.path.dirname(one) or ".", top) as first, _open(os.path.dirname(other) or ".", top) as second:
+        (one, other) = os.path.basename(one), os.path.basename(other)
+        status = os.stat(one, dir_fd=first, follow_symlinks=False)
+        if _xattrs(f"/proc/self/fd/{first}/{one}") != _xattrs(f"/proc/self/fd/{second}/{other}"):
+            return False
+        if stat.S_ISLNK(status.st_mode):
+            return os.readlink(one, dir_fd=first) == os.readlink(other, dir_fd=second)
+        return not stat.S_ISREG(status.st_mode) or all(
+            a == b for a, b in zip_longest(_content(first, one, status), _content(second, other, status))
+        )
 
 
 def _xattrs(path: str) -> dict[str, str]:

@@ -70,6 +70,7 @@ def remove_image(pool: Pool, fp: str) -> None:
             if os.path.exists(f"{at}.json"):
                 os.unlink(f"{at}.json")
             _delete(pool, at)
+            _drop_unneeded(pool)
     except OSError as error:
         raise from_os(f"image {fp[:12]}", error) from error
 
@@ -96,6 +97,12 @@ def _sweep(pool: Pool) -> None:
             _delete(pool, path)
         else:
             os.unlink(path)
+
+
+def _drop_unneeded(pool: Pool) -> None:
+    """Delete what was made ahead for volumes over images that are gone."""
+    left = [name for name in os.listdir(_images(pool)) if _FINGERPRINT.match(name)]
+    kind_of(pool).drop_unneeded(pool, [f"{_images(pool)}/{name}" for name in left])
 
 
 def _images(pool: Pool) -> str:

@@ -1,4 +1,8 @@
-"""Which tenants a user of the host may use: those that name them, or a group they are in, in `users` and `groups`."""
+"""What users of the host may do.
+
+They use the tenants that name them, or a group of theirs, in `users` and `groups`. They set all of a jail's keys and
+devices but those that are root's.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,11 @@ import pwd
 
 import msgspec
 
+from jailmgr.devices import TYPES
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import find_key
 from jailmgr.manager.host import Manager
-from jailmgr.model import Tenant
+from jailmgr.model import Jail, Tenant
 from jailmgr.tenant_keys import parse_list
 
 
@@ -55,3 +62,18 @@ def _group_name(gid: int) -> str | None:
         return grp.getgrgid(gid).gr_name
     except KeyError:
         return None
+
+
+def check_root_only(jail: Jail, before: Jail | None = None) -> None:
+    """Refuse what only root may give a jail or take from it. `before`: the jail as it was. JailmgrError `denied`."""
+    hint = "Ask who looks after this host."
+    config: dict[str, str] = before.config if before is not None else {}
+    for name in sorted(jail.config.keys() | config.keys()):
+        if jail.config.get(name) != config.get(name) and find_key(name).root:
+            raise JailmgrError(f"key {name}", "only root may set or unset it", hint, "denied")
+    devices: dict[str, dict[str, str]] = before.devices if before is not None else {}
+    for name in sorted(jail.devices.keys() | devices.keys()):
+        new, old = jail.devices.get(name), devices.get(name)
+        if new != old and any(TYPES[keys["type"]].root for keys in (new, old) if keys is not None):
+            why = f"only root may add, change or remove a {(new or old or {})['type']} device"
+            raise JailmgrError(f"device {name}", why, hint, "denied")

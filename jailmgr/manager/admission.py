@@ -13,13 +13,14 @@ import msgspec
 
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.keys import Config
+from jailmgr.manager.claiming import idmap_size
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cpus_of, disk_of, limits_of
 from jailmgr.manager.ports import ports_of
 from jailmgr.model import Amounts, Image, Jail, Port, Tenant
 from jailmgr.storage.volume import nests
 from jailmgr.template.recipe import Build
-from jailmgr.tenant_keys import may_overcommit, parse_list, parse_ports
+from jailmgr.tenant_keys import IDS_OF_USERS, may_be_used, may_overcommit, parse_list, parse_ports
 from jailmgr.units import format_size, parse_size
 
 KEYS = {
@@ -31,10 +32,11 @@ KEYS = {
     "networks": "limits.networks",
     "snapshots": "limits.snapshots",
     "ports": "limits.ports",
+    "ids": "limits.ids",
 }
 """Of each resource, the key that its total is set by."""
 
-COUNTED = ("instances", "networks", "snapshots", "ports")
+COUNTED = ("instances", "networks", "snapshots", "ports", "ids")
 """The kernel doesn't know these: they are never overcommitted."""
 
 PRIVILEGED = 1024
@@ -50,15 +52,18 @@ class Promise(msgspec.Struct, frozen=True):
     processes: int = 0
     disk_bytes: int = 0
     ports: int = 0
+    ids: int = 0
 
 
 def promise_of(jail: Jail) -> Promise:
     """What a jail is promised."""
-    return _promise(tuple(jail.config.items()), tuple(jail.devices.get("root", {}).items()), len(ports_of(jail)))
+    return _promise(
+        tuple(jail.config.items()), tuple(jail.devices.get("root", {}).items()), len(ports_of(jail)), idmap_size(jail)
+    )
 
 
 @lru_cache(maxsize=4096)
-def _promise(config: tuple[tuple[str, str], ...], root: tuple[tuple[str, str], ...], ports: int) -> Promise:
+def _promise(config: tuple[tuple[str, str], ...], root: tuple[tuple[str, str], ...], ports: int, ids: int) -> Promise:
     limits = limits_of(dict(config))
     return Promise(
         limits.memory or 0,
@@ -67,6 +72,7 @@ def _promise(config: tuple[tuple[str, str], ...], root: tuple[tuple[str, str], .
         limits.processes or 0,
         disk_of({"root": dict(root)}) or 0,
         ports,
+        ids,
     )
 
 
@@ -86,6 +92,7 @@ def totals_of(config: Config) -> Amounts:
         networks=count("limits.networks"),
         snapshots=count("limits.snapshots"),
         ports=count("limits.ports"),
+        ids=IDS_OF_USERS if may_be_used(config) and "limits.ids" not in config else count("limits.ids"),
     )
 
 
@@ -104,6 +111,7 @@ def _sum(m: Manager, tenant: str, promises: list[Promise]) -> Amounts:
         networks=len(m.store.networks(tenant)),
         snapshots=0,
         ports=sum(promise.ports for promise in promises),
+        ids=sum(promise.ids for promise in promises),
     )
 
 
@@ -123,6 +131,7 @@ def admit(m: Manager, jail: Jail, before: Jail | None = None) -> None:
         processes=new.processes - old.processes,
         disk_bytes=new.disk_bytes - old.disk_bytes,
         ports=new.ports - old.ports,
+        ids=new.ids - old.ids,
     )
     _compare(m, tenant, asked)
 
@@ -196,7 +205,7 @@ def _are(amount: float) -> str:
 
 
 def _told(resource: str, amount: float) -> str:
-    return format_size(int(amount)) if resource.endswith("_bytes") else f"{amount:g}"
+    return format_size(int(amount)) if resource.endswith("_bytes") else f"{amount:.12g}"
 
 
 def check_restricted(m: Manager, jail: Jail, before: Jail | None = None) -> None:
@@ -220,7 +229,7 @@ def _network(jail: Jail) -> str:
 def _check_ports(tenant: Tenant, ports: list[Port]) -> None:
     if "restricted.ports" in tenant.config:
         allowed = parse_ports(tenant.config["restricted.ports"])
-    elif tenant.config.get("users") or tenant.config.get("groups"):
+    elif may_be_used(tenant.config):
         allowed = [(PRIVILEGED, 65535)]
     else:
         return

@@ -56,7 +56,7 @@ def _adopt(root: Root, store: Store, stranger: Stranger, has_volume: bool) -> No
         raise JailmgrError(name, f"it has the id of {owner}: one of the two is a copy", "", "exists")
     # A rename that was cut off leaves the old name in the file; the directory has the new one.
     jail: Jail = msgspec.structs.replace(found.jail, name=stranger.name)
-    store.take_back(jail, found.tenant, found.networks, ports_of(jail))
+    store.take_back(jail, found.tenant, found.networks, ports_of(jail), found.uuid)
 
 
 def _owner_on_disk(root: Root, store: Store, ident: int) -> str:

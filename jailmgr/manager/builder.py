@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jailmgr import claims
+from jailmgr.errors import JailmgrError
+from jailmgr.keys import IDS, IDS_MIN
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import BUILD_TENANT as TENANT
 from jailmgr.manager.host import Cancelled, Manager
@@ -26,8 +28,21 @@ Runner = Callable[[list[str], dict[str, str], Callable[[bytes], None]], int]
 """Runs argv with an environment, gives its output as it comes, returns its exit status."""
 
 
-def run_in_build(m: Manager, name: str, target: str, idmap_base: int, cancelled: Cancelled) -> Runner:
-    """The Runner of one build: `target` is its root file system, writable, its owners shifted by `idmap_base`."""
+def claim_idmap(m: Manager, name: str) -> tuple[int, int]:
+    """Claim an id range for a build: its first id and size, which is the least where the default has no room.
+
+    Raises JailmgrError `full`.
+    """
+    try:
+        return claims.claim_idmap(m.root, claim_key(name), None, IDS), IDS
+    except JailmgrError as error:
+        if error.code != "full":
+            raise
+        return claims.claim_idmap(m.root, claim_key(name), None, IDS_MIN), IDS_MIN
+
+
+def run_in_build(m: Manager, name: str, target: str, idmap: tuple[int, int], cancelled: Cancelled) -> Runner:
+    """The Runner of one build: `target` is its root file system, writable, its owners shifted by `idmap`."""
     lib = m.root.jail_lib(TENANT, name)
     cgroup = cgroup_of(m.root, TENANT, name)
 
@@ -38,7 +53,8 @@ def run_in_build(m: Manager, name: str, target: str, idmap_base: int, cancelled:
             jail=name,
             hostname="build",
             uid=claims.claim_uid(m.root, TENANT),
-            idmap_base=idmap_base,
+            idmap_base=idmap[0],
+            idmap_size=idmap[1],
             cgroup=cgroup,
             lower="",
             volume=target,

@@ -10,6 +10,7 @@ import msgspec
 
 from jailmgr import claims
 from jailmgr.errors import JailmgrError
+from jailmgr.keys import IDS
 from jailmgr.manager.host import Manager
 from jailmgr.model import Jail
 from jailmgr.runtime.state import running_jails
@@ -35,21 +36,43 @@ def claim_uid(m: Manager, tenant: str) -> int:
     return uid
 
 
-def claim_idmap(m: Manager, jail: Jail) -> Jail:
-    """A jail that doesn't run, with an id range that is its own; kept in the store when it had to be another."""
-    if idmap_key(jail) in m.claimed:
+def idmap_size(jail: Jail) -> int:
+    """The number of ids that the jail's next start gives it."""
+    return int(jail.config.get("security.idmap.size", IDS))
+
+
+def claim_idmap(m: Manager, jail: Jail, resize: bool = True) -> Jail:
+    """Claim an id range for a jail that doesn't run; return the jail with it. The store keeps what has changed.
+
+    `resize`: give the range the size that the jail's key asks for. The range of a jail that a supervisor is about to
+    start again stays as it is in config.json. A jail that the default has no room for keeps the size that it has.
+    Raises JailmgrError `full`.
+    """
+    size = idmap_size(jail) if resize else jail.idmap_size
+    if idmap_key(jail) in m.claimed and jail.idmap_size == size:
         return jail
     try:
-        base = claims.claim_idmap(m.root, idmap_key(jail), jail.idmap_base or None)
+        base = _claim(m, jail, size)
     except JailmgrError as error:
-        if error.code != "conflict":
+        if error.code != "full" or not jail.idmap_base or "security.idmap.size" in jail.config:
             raise
-        base = claims.claim_idmap(m.root, idmap_key(jail))
-    if base != jail.idmap_base:
-        jail = msgspec.structs.replace(jail, idmap_base=base)
+        size = jail.idmap_size
+        base = _claim(m, jail, size)
+    if (base, size) != (jail.idmap_base, jail.idmap_size):
+        jail = msgspec.structs.replace(jail, idmap_base=base, idmap_size=size)
         m.store.update(jail)
     m.claimed.add(idmap_key(jail))
     return jail
+
+
+def _claim(m: Manager, jail: Jail, size: int) -> int:
+    """The first id of a range of that size, where the jail's own begins if there is room."""
+    try:
+        return claims.claim_idmap(m.root, idmap_key(jail), jail.idmap_base or None, size, jail.idmap_size)
+    except JailmgrError as error:
+        if error.code != "conflict":
+            raise
+        return claims.claim_idmap(m.root, idmap_key(jail), None, size)
 
 
 def release(m: Manager, jail: Jail) -> None:

@@ -9,13 +9,15 @@ from contextlib import ExitStack
 import msgspec
 
 from jailmgr.errors import JailmgrError, full_name
-from jailmgr.keys import DEVICES, FIXED, SHORT, check_name, find_key, fold, is_live
+from jailmgr.keys import DEVICES, FIXED, SHORT, TYPES, check_name, find_key, fold, is_live
 from jailmgr.manager import networks, shaping
+from jailmgr.manager.access import check_root_only
 from jailmgr.manager.admission import admit, check_restricted
 from jailmgr.manager.create import render_files
 from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import renew as renew_kept
+from jailmgr.manager.nodes import check_nodes
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
@@ -31,33 +33,46 @@ ConfigChanges = Mapping[str, str | None]
 DeviceChanges = Mapping[str, Mapping[str, str | None] | None]
 
 
-def configure(m: Manager, tenant: str, name: str, config: ConfigChanges, devices: DeviceChanges) -> list[str]:
+def configure(
+    m: Manager, tenant: str, name: str, config: ConfigChanges, devices: DeviceChanges, *, root: bool = True
+) -> list[str]:
     """Set keys, and unset those given as None; of a running jail too. Returns the keys that wait for its next start.
 
-    Raises JailmgrError, with nothing changed: `missing`, `invalid`, `exists` (a host port, an address), `full` (less
-    disk than is used), `conflict` (less memory than is used; another network or address while it runs).
+    `root`: the host's root asks for it, and not a user of the tenant's.
+
+    Raises JailmgrError, with nothing changed: `missing` (also a device of the host), `invalid`, `exists` (a host port
+    or address), `full` (less disk than is used), `conflict` (less memory than is used; another network or address while
+    it runs), `denied` (restricted, or only for root).
     """
     with m.jail(tenant, name) as old:
         new = changed(old, config, devices)
         up, runs = is_up(m, old), running(m, old)
+        if not root:
+            check_root_only(new, old)
         _check(m, old, new, up)
         with m.tenant(tenant), ExitStack() as undo:
             _apply_limits(m, old, new, runs, undo)
+            moves = _nic(old) != _nic(new)
+            if moves:
+                networks.leave(m, old)
+                undo.callback(networks.refresh_names_of, m, old)
             with m.store.transaction():
                 m.store.update(new)
                 m.store.set_ports(new, ports_of(new))
                 admit(m, new, old)
-                if _nic(old) != _nic(new):
+                if moves:
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
-            undo.callback(_put_back, m, old)
+            undo.callback(_put_back, m, old, moves)
             write = write_bundle if up else renew_kept
             undo.callback(write, m, old)
             write(m, new)
-            if runs:
-                _apply_ports(m, old, new, undo)
+            _apply_ports(m, old, new, runs, undo)
             if rates_of_jail(old) != rates_of_jail(new):
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
+            if moves:
+                undo.callback(networks.refresh_names_of, m, new)
+                networks.refresh_names_of(m, old, new)
             if networks.connections_of(old) != networks.connections_of(new):
                 undo.callback(networks.limit_connections, m, old)
                 networks.limit_connections(m, new)
@@ -96,9 +111,15 @@ def _merge(device: dict[str, str], changes: Mapping[str, str | None]) -> None:
 
 
 def waiting(old: Jail, new: Jail) -> list[str]:
-    """Keys that differ and that a running jail doesn't take at once."""
+    """Keys that differ and that a running jail doesn't take at once, and devices of which that is true."""
     keys = {key for key in old.config.keys() | new.config.keys() if old.config.get(key) != new.config.get(key)}
-    return sorted(key for key in keys if not is_live(key))
+    devices = {
+        name
+        for name in old.devices.keys() | new.devices.keys()
+        for device in (old.devices.get(name), new.devices.get(name))
+        if old.devices.get(name) != new.devices.get(name) and device and TYPES[device["type"]].waits
+    }
+    return sorted(key for key in keys if not is_live(key)) + sorted(devices)
 
 
 def _nic(jail: Jail) -> dict[str, str]:
@@ -110,6 +131,7 @@ def _nic(jail: Jail) -> dict[str, str]:
 def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:
     check_ports(m, new, but=ports_of(old))
     check_restricted(m, new, old)
+    check_nodes(new, old)
     cgroups.check_limits(m.hierarchies, cgroup_of(m.root, old.tenant, old.name), kernel_limits(m, new))
     if _nic(old) == _nic(new):
         return
@@ -141,23 +163,27 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
         cgroups.set_limits(m.hierarchies, cgroup, cgroups.Limits(*after))
 
 
-def _apply_ports(m: Manager, old: Jail, new: Jail, undo: ExitStack) -> None:
+def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) -> None:
+    """Publish and unpublish what differs. A jail that has just ended may still have ports on the host."""
     before, after = ports_of(old), ports_of(new)
     with m.network_lock:
-        for port in before:
+        for port in before if runs else networks.ports_left(m, old):
             if port not in after:
-                undo.callback(networks.publish_port, m, old, port)
+                if runs:
+                    undo.callback(networks.publish_port, m, old, port)
                 networks.unpublish_port(m, old, port)
-        for port in after:
+        for port in after if runs else ():
             if port not in before:
                 networks.publish_port(m, new, port)
                 undo.callback(networks.unpublish_port, m, new, port)
 
 
-def _put_back(m: Manager, old: Jail) -> None:
+def _put_back(m: Manager, old: Jail, moved: bool) -> None:
     with m.store.transaction():
         m.store.update(old)
         m.store.set_ports(old, ports_of(old))
+        if moved:
+            networks.keep_nics(m, old)
 
 
 def rename(m: Manager, tenant: str, name: str, new: str) -> None:
@@ -206,7 +232,4 @@ def finish_rename(m: Manager, row: Row) -> None:
         replace_files(upper, render_files(m, old, image), render_files(m, new, image))
         write_bundle(m, new, stopped=True)
     m.store.set_name(old, name)
-    for nic in old.nics:
-        network = m.store.find_network(old.tenant, nic.network)
-        if network is not None:
-            networks.refresh_names(m, network)
+    networks.refresh_names_of(m, old)

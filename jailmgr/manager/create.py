@@ -11,6 +11,7 @@ import msgspec
 from jailmgr.errors import JailmgrError, from_os, full_name
 from jailmgr.keys import Config, Devices, check_name, fold
 from jailmgr.manager import networks
+from jailmgr.manager.access import check_root_only
 from jailmgr.manager.admission import admit, check_restricted, check_source_allowed
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.delete import delete, finish_delete
@@ -18,6 +19,7 @@ from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
+from jailmgr.manager.nodes import check_nodes
 from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
@@ -32,8 +34,21 @@ from jailmgr.store import DELETING, READY
 from jailmgr.template.render import render_create_files
 
 
-def check_new(m: Manager, tenant: str, name: str | None, source: str, config: Config, devices: Devices) -> None:
-    """Refuse what `create` would refuse, without making anything: JailmgrError `invalid`, `missing`, `exists`."""
+def check_new(
+    m: Manager,
+    tenant: str,
+    name: str | None,
+    source: str,
+    config: Config,
+    devices: Devices,
+    *,
+    root: bool = True,
+) -> None:
+    """Refuse what `create` would refuse, without making anything.
+
+    Raises JailmgrError: `invalid`, `missing`, `exists`, `denied`.
+    `root`: the host's root asks for it, and not a user of the tenant's.
+    """
     if name is not None:
         check_name(name)
     folded, placed = fold(config, devices)
@@ -52,7 +67,10 @@ def check_new(m: Manager, tenant: str, name: str | None, source: str, config: Co
     if wanted := device.get("ipv4.address"):
         networks.check_address(m, tenant, device.get("network", networks.DEFAULT), wanted)
     jail = Jail(0, tenant, name or "", "", source, 0.0, folded, placed, 0)
+    if not root:
+        check_root_only(jail)
     check_restricted(m, jail)
+    check_nodes(jail)
     check_ports(m, jail)
     cgroups.check_limits(m.hierarchies, cgroup_of(m.root, tenant, name or "new"), kernel_limits(m, jail))
 
@@ -65,15 +83,17 @@ def create(
     config: Config,
     devices: Devices,
     *,
+    root: bool = True,
     progress: Progress = quiet,
     cancelled: Cancelled = never,
 ) -> Jail:
     """A new, stopped jail of a template or image; without a name it gets one.
 
-    `config` and `devices` are LXD's (keys.py). Raises JailmgrError: `invalid`, `missing`, `exists`, `full`,
-    `failed`; CancelledError. Nothing of the jail is left then; an image that was built stays.
+    `config` and `devices` are LXD's (keys.py), `root` as in check_new. Raises JailmgrError: `invalid`, `missing`,
+    `exists`, `denied`, `full`, `failed`; CancelledError. Nothing of the jail is left then; an image that was built
+    stays.
     """
-    check_new(m, tenant, name, source, config, devices)
+    check_new(m, tenant, name, source, config, devices, root=root)
     m.check_disk()
     folded, placed = fold(config, devices)
     ensure_tenant(m, tenant)
@@ -99,12 +119,13 @@ def launch(
     config: Config,
     devices: Devices,
     *,
+    root: bool = True,
     wait: bool = False,
     progress: Progress = quiet,
     cancelled: Cancelled = never,
 ) -> Jail:
     """`create` and `start`. A jail that can't be started is deleted again; one that only isn't up in time is kept."""
-    jail = create(m, tenant, name, source, config, devices, progress=progress, cancelled=cancelled)
+    jail = create(m, tenant, name, source, config, devices, root=root, progress=progress, cancelled=cancelled)
     with ExitStack() as undo:
         undo.callback(_delete_again, m, jail)
         progress("starting", 0, 0)
@@ -145,9 +166,11 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     jail = claim_idmap(m, jail)
     tenant = m.store.tenant(jail.tenant)
     hold_volumes(m, tenant)
-    create_volume(m.pool, jail.tenant, tenant.id, jail.name, jail.id, disk_of(jail.devices))
+    lower = f"{m.root.image(image.fingerprint)}/rootfs"
+    create_volume(m.pool, jail.tenant, tenant.id, jail.name, jail.id, disk_of(jail.devices), [lower])
+    m.make_ahead(image.fingerprint)
     upper = f"{m.root.volume(jail.tenant, jail.name)}/upper"
-    write_files(upper, f"{m.root.image(image.fingerprint)}/rootfs", render_files(m, jail, image))
+    write_files(upper, lower, render_files(m, jail, image))
     os.makedirs(m.root.jail_lib(jail.tenant, jail.name), mode=0o700, exist_ok=True)
     if cancelled():
         raise CancelledError(f"jail {jail.full_name}")
@@ -155,9 +178,7 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     claim_uid(m, jail.tenant)
     write_bundle(m, jail, stopped=True)
     m.store.set_state(jail, READY)
-    for network in {nic.network for nic in jail.nics}:
-        if found := m.store.find_network(jail.tenant, network):
-            networks.refresh_names(m, found)
+    networks.refresh_names_of(m, jail)
     return jail
 
 

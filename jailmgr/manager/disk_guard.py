@@ -117,7 +117,7 @@ class DiskGuard:
                     held.append(f"{tenant}/{name}")
                     write_json(self._held_file, {"jails": held})
                 try:
-                    cgroups.freeze(self._m.hierarchies, cgroup, 2.0)
+                    cgroups.freeze(self._m.hierarchies, cgroup, 2.0, keep=True)
                 except JailmgrError as error:
                     log.warning("%s; it is tried again", error)
 

@@ -24,6 +24,7 @@ from jailmgr.store import READY, Row, Store
 
 if TYPE_CHECKING:
     from jailmgr.manager.accounting import Accountant
+    from jailmgr.manager.ahead import Ahead
     from jailmgr.manager.disk_guard import DiskGuard
     from jailmgr.manager.images import Building
     from jailmgr.manager.strangers import Stranger
@@ -101,6 +102,7 @@ class Manager:
         self.watcher: Watcher | None = None
         self.disk_guard: DiskGuard | None = None
         self.accountant: Accountant | None = None
+        self.ahead: Ahead | None = None
 
     def open(self, autostart: bool = True) -> None:
         """Open the store, finish or undo what a crash left, find the jails that run and watch over them.
@@ -109,6 +111,7 @@ class Manager:
         Raises JailmgrError where the store can't be read, or is gone while its jails are there.
         """
         from jailmgr.manager.accounting import Accountant
+        from jailmgr.manager.ahead import Ahead
         from jailmgr.manager.disk_guard import DiskGuard
         from jailmgr.manager.reconcile import reconcile
         from jailmgr.manager.strangers import refuse_blank_store
@@ -126,6 +129,11 @@ class Manager:
             self.store.renew_copy()
             self.disk_guard = DiskGuard(self)
             self.disk_guard.start()
+            self.ahead = Ahead(self)
+            self.ahead.start()
+            if self.pool_if_open is not None:
+                for image in self.store.images():
+                    self.make_ahead(image.fingerprint)
             self.accountant.start()
             self.watcher.start(autostart)
         except BaseException:
@@ -141,6 +149,8 @@ class Manager:
         self.watcher.stop()
         if self.disk_guard is not None:
             self.disk_guard.stop()
+        if self.ahead is not None:
+            self.ahead.stop()
         if self.accountant is not None:
             self.accountant.stop()
         try:
@@ -155,6 +165,9 @@ class Manager:
         if self.disk_guard is not None:
             self.disk_guard.stop()
             self.disk_guard = None
+        if self.ahead is not None:
+            self.ahead.stop()
+            self.ahead = None
         if self.accountant is not None:
             self.accountant.stop()
             self.accountant = None
@@ -164,6 +177,11 @@ class Manager:
         """JailmgrError `full` where the host's disk has no room for anything that writes."""
         if self.disk_guard is not None:
             self.disk_guard.check()
+
+    def make_ahead(self, image: str) -> None:
+        """Have what takes long of the next jail of an image made before somebody waits for it; returns at once."""
+        if self.ahead is not None:
+            self.ahead.want(f"{self.root.image(image)}/rootfs")
 
     def disk_is_full(self) -> bool:
         return self.disk_guard is not None and self.disk_guard.full

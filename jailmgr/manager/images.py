@@ -12,11 +12,10 @@ from typing import Any
 
 import msgspec
 
-from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
 from jailmgr.key_checks import near_miss
-from jailmgr.manager.builder import claim_key, remove_build, run_in_build
+from jailmgr.manager.builder import claim_idmap, remove_build, run_in_build
 from jailmgr.manager.host import ADOPT, Cancelled, CancelledError, Manager, Progress, never, quiet
 from jailmgr.manager.strangers import image_of_stranger
 from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
@@ -163,8 +162,7 @@ def _carry_out(m: Manager, build: Build, progress: Progress, cancelled: Cancelle
         undo.callback(remove_build, m, name)
         # A build that runs wild leaves the jails a tenth of what was free.
         target = create_build(m.pool, name, pool_usage(m.pool)[1] * 9 // 10)
-        base = claims.claim_idmap(m.root, claim_key(name))
-        run = run_in_build(m, name, target, base, cancelled)
+        run = run_in_build(m, name, target, claim_idmap(m, name), cancelled)
         os.makedirs(logs := f"{m.root.lib}/logs", mode=0o700, exist_ok=True)
         log = f"{logs}/build-{build.source.replace('/', '-')}.log"
         built = build_image(m.root, build, target, run, m.root.cache, log, progress, cancelled)
@@ -174,6 +172,7 @@ def _carry_out(m: Manager, build: Build, progress: Progress, cancelled: Cancelle
         sealed = image_store.seal(m.pool, name, _draft(m, build, built))
         with m.image_lock:
             m.store.put_image(sealed)
+        m.make_ahead(sealed.fingerprint)
         return sealed
 
 

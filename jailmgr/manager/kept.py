@@ -29,6 +29,8 @@ class Kept(msgspec.Struct, frozen=True):
     jail: Jail
     tenant: Tenant
     networks: list[Network]
+    uuid: str = ""
+    """Of the jail; empty in a config.json of a release before this one."""
 
 
 class _Annotations(msgspec.Struct):
@@ -50,7 +52,8 @@ class OnDisk(msgspec.Struct, frozen=True):
 def keep(m: Manager, jail: Jail) -> str:
     """The annotation of a jail, as JSON."""
     networks = [m.store.find_network(jail.tenant, name) for name in {nic.network for nic in jail.nics}]
-    kept = Kept(jail, m.store.tenant(jail.tenant), [network for network in networks if network is not None])
+    found = [network for network in networks if network is not None]
+    kept = Kept(jail, m.store.tenant(jail.tenant), found, m.store.uuid(jail))
     return msgspec.json.encode(kept).decode()
 
 

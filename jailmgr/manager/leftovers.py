@@ -29,7 +29,7 @@ from jailmgr.runtime.state import (
     supervisor_process,
 )
 from jailmgr.storage.pool import is_open, open_pool
-from jailmgr.storage.volume import half_deleted, list_builds, list_volumes
+from jailmgr.storage.volume import half_deleted, half_made, list_builds, list_volumes
 from jailmgr.store import READY, Store
 
 
@@ -224,6 +224,8 @@ def _half_done(root: Root) -> Iterator[Leftover]:
     pool = open_pool(root)
     for name in list_builds(pool):
         yield Leftover(f"build {name}, which was cut off")
+    for name in half_made(pool):
+        yield Leftover(f"{name} in the pool, which was cut off as it was made")
     for name in half_deleted(pool):
         yield Leftover(f"trash {name} in the pool, whose deletion was cut off")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from ipaddress import IPv4Interface
 
 from jailmgr import claims
@@ -16,12 +17,13 @@ from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.strangers import addresses_of_strangers, published_by_strangers
-from jailmgr.manager.view import NetworkView
+from jailmgr.manager.view import NetworkView, is_up
 from jailmgr.model import Jail, Network, Nic, Port, Tenant
-from jailmgr.network import addresses, bridge, dns, firewall
+from jailmgr.network import addresses, bridge, dns, firewall, flows
 from jailmgr.network.nft import NftError
 from jailmgr.runtime import netlink
 from jailmgr.runtime.state import read_state
+from jailmgr.tenant_keys import may_be_used
 
 DEFAULT = "default"
 
@@ -91,6 +93,11 @@ def assign_nics(m: Manager, jail: Jail, devices: Devices) -> list[Nic]:
     return [nic]
 
 
+def keep_nics(m: Manager, jail: Jail) -> None:
+    """Give a jail the addresses in the store that this row of it has."""
+    m.store.set_nics(jail, [(_of(m, jail, nic), nic) for nic in jail.nics])
+
+
 def up(m: Manager, jail: Jail) -> None:
     """Make the host's side of a jail's network, before it starts: bridge, rules, names, published ports. Idempotent.
 
@@ -129,14 +136,23 @@ def up(m: Manager, jail: Jail) -> None:
 
 
 def unpublish(m: Manager, jail: Jail) -> None:
-    """A jail that has ended: its host ports lead nowhere any more."""
+    """Lead the host ports of a jail that has ended nowhere. `follow` ends its flows, off the path of `stop`."""
     with m.network_lock:
         for port in ports_of(jail):
-            unpublish_port(m, jail, port)
+            firewall.unpublish(m.root, port, jail.nics[0])
+            claims.release(m.root, "port", _port_key(port))
 
 
 def publish_port(m: Manager, jail: Jail, port: Port) -> None:
-    """Lead a port of the host to a running jail. JailmgrError `conflict` where another jail or instance has it."""
+    """Lead a port of the host to a running jail, and the flows to this port too.
+
+    Raises JailmgrError, `conflict` where another jail or instance has the port.
+    """
+    _publish_rule(m, jail, port)
+    flows.publish([(port, jail.nics[0])], _subnets(m))
+
+
+def _publish_rule(m: Manager, jail: Jail, port: Port) -> None:
     with ExitStack() as undo:
         _claim_port(m, jail, port, undo)
         firewall.publish(m.root, port, jail.nics[0])
@@ -144,8 +160,9 @@ def publish_port(m: Manager, jail: Jail, port: Port) -> None:
 
 
 def unpublish_port(m: Manager, jail: Jail, port: Port) -> None:
-    """Take that back; fine where it wasn't done."""
+    """Take that back; fine where it wasn't done. Established TCP connections of a running jail stay."""
     firewall.unpublish(m.root, port, jail.nics[0])
+    flows.unpublish([(port, jail.nics[0])])
     claims.release(m.root, "port", _port_key(port))
 
 
@@ -163,30 +180,72 @@ def _port_key(port: Port) -> str:
 def follow(m: Manager, tenant: str, name: str) -> None:
     """Published ports of a jail that has just been started or has ended lead to it, or nowhere; so do its queues."""
     row = m.store.find_row(tenant, name)
-    if row is None:
-        return
-    runs = read_state(m.root, tenant, name) is not None
-    if runs:
+    if row is not None and read_state(m.root, tenant, name) is not None:
         shaping.follow(m, row.jail)
-    if not ports_of(row.jail):
-        return
     with m.network_lock:
+        # Once more: `configure` changes ports in the store first, and then under this lock.
+        row = m.store.find_row(tenant, name)
+        if row is None:
+            return
+        jail, ports = row.jail, ports_of(row.jail)
+        runs = read_state(m.root, tenant, name) is not None
         if not runs:
-            unpublish(m, row.jail)
-        else:
-            for port in ports_of(row.jail):
-                publish_port(m, row.jail, port)
+            unpublish(m, jail)
+        for port in ports if runs else ():
+            _publish_rule(m, jail, port)
+    # Outside of the lock: starts of other jails wait for it.
+    if not runs:
+        _end_flows(m, jail)
+    elif ports:
+        flows.publish([(port, jail.nics[0]) for port in ports], _subnets(m))
+
+
+def settle(m: Manager, alive: Iterable[Jail]) -> None:
+    """Take back what jails have left that ended while no engine ran: claims of host ports, and rules for them.
+
+    `up` renews the rules where a jail is alive. Raises JailmgrError.
+    """
+    up = [*alive, *(jail for _, _, jail in published_by_strangers(m))]
+    claims.release_ports(m.root, [_port_key(port) for jail in up for port in ports_of(jail)])
+    if not up and any(name.startswith(m.root.link_prefix) for _, name in socket.if_nameindex()):
+        with m.network_lock:
+            apply_firewall(m)
+
+
+def _end_flows(m: Manager, jail: Jail) -> None:
+    """End the flows of a jail's addresses, unless it runs again."""
+    flows.end(jail.nics, lambda: not is_up(m, jail))
+
+
+def _subnets(m: Manager) -> flows.Subnets:
+    return flows.Subnets([*m.store.networks(), *(network for network, _, _ in published_by_strangers(m))])
 
 
 def forget(m: Manager, jail: Jail) -> None:
-    """Take away a jail's elements in the rules, its name in DNS and its queues; fine where they never were there."""
+    """Take away all that `leave` does, a jail's name in DNS and its queues; fine where they never were there."""
     with m.network_lock:
         shaping.forget(m, jail)
+        leave(m, jail)
+        refresh_names_of(m, jail)
+
+
+def leave(m: Manager, jail: Jail) -> None:
+    """Take away what belongs to a stopped jail's addresses, before another jail may get them. Idempotent.
+
+    That is their elements in the rules, their flows, and the host ports that lead to them. Raises JailmgrError.
+    """
+    with m.network_lock:
+        ports = ports_left(m, jail)
         for nic in jail.nics:
-            network = m.store.find_network(jail.tenant, nic.network)
-            if network is not None:
-                firewall.remove_jail(m.root, nic, ports_of(jail))
-                refresh_names(m, network)
+            firewall.remove_jail(m.root, nic, ports)
+        for port in ports:
+            claims.release(m.root, "port", _port_key(port))
+        _end_flows(m, jail)
+
+
+def ports_left(m: Manager, jail: Jail) -> list[Port]:
+    """Return the ports that a stopped jail still has on the host: `follow` may come later. Others may be another's."""
+    return [port for port in ports_of(jail) if claims.has_port(m.root, _port_key(port))]
 
 
 def refresh_names(m: Manager, network: Network) -> None:
@@ -194,6 +253,13 @@ def refresh_names(m: Manager, network: Network) -> None:
     with m.network_lock:
         if _is_up(m, network):
             dns.tell_dns(m.root, network, _names(m, network))
+
+
+def refresh_names_of(m: Manager, *jails: Jail) -> None:
+    """Do that for each network that these jails are in."""
+    for tenant, name in {(jail.tenant, nic.network) for jail in jails for nic in jail.nics}:
+        if (network := m.store.find_network(tenant, name)) is not None:
+            refresh_names(m, network)
 
 
 def apply_firewall(m: Manager, also: Jail | None = None) -> None:
@@ -224,6 +290,14 @@ def apply_firewall(m: Manager, also: Jail | None = None) -> None:
         },
     )
     firewall.apply_all(m.root, list(bridges.values()), ports, published, shaped, connections)
+    flows.settle(published, flows.Subnets(bridges.values()), partial(_addresses_in_use, m))
+
+
+def _addresses_in_use(m: Manager) -> set[str]:
+    """Return the addresses of jails that run or may run, and of those that the store does not know."""
+    nics = [nic for jail in m.store.jails() if is_up(m, jail) for nic in jail.nics]
+    nics += [nic for _, nic, _ in published_by_strangers(m)]
+    return {address for nic in nics for address in (nic.ipv4, nic.ipv6)} | addresses_of_strangers(m)
 
 
 def connections_of(jail: Jail) -> int:
@@ -238,7 +312,7 @@ def total_connections(tenant: Tenant) -> int | None:
     """
     if "limits.connections" in tenant.config:
         return int(tenant.config["limits.connections"])
-    return CONNECTIONS_MAX if tenant.config.get("users") or tenant.config.get("groups") else None
+    return CONNECTIONS_MAX if may_be_used(tenant.config) else None
 
 
 def limit_connections(m: Manager, jail: Jail) -> None:
@@ -272,6 +346,7 @@ def take_down(m: Manager) -> None:
             dns.stop_dns(m.root, network.id)
             bridge.remove_network(m.root, network)
         firewall.remove_all(m.root)
+        flows.settle([], _subnets(m), tuple)
         m.networks_up.clear()
 
 
@@ -281,6 +356,7 @@ def take_down_one(m: Manager, network: Network) -> None:
         dns.stop_dns(m.root, network.id)
         bridge.remove_network(m.root, network)
         firewall.remove_network(m.root, network)
+        flows.settle([], flows.Subnets([network]), tuple)
         m.networks_up.discard(network.id)
 
 

@@ -7,21 +7,24 @@ import json
 import os
 import platform
 import threading
+from binascii import b2a_base64
 from collections.abc import Mapping
 from typing import Any
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
-from jailmgr.key_checks import parse_bool
-from jailmgr.keys import Config, Devices
+from jailmgr.key_checks import parse_base64, parse_bool
+from jailmgr.keys import BINARY_CREDENTIAL, SOCKETCALL, TEXT_CREDENTIAL, Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import keep
+from jailmgr.manager.nodes import nodes_of
 from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
+from jailmgr.network.dns import DOMAIN
 from jailmgr.network.shaping import shape_of
-from jailmgr.runtime import cgroups, seccomp
+from jailmgr.runtime import cgroups, devices, seccomp
 from jailmgr.runtime.bundle import CONFIG, IoLimit, Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.jsonfile import read_json
 from jailmgr.storage.device import block_device
@@ -140,6 +143,17 @@ def disk_of(devices: Devices) -> int | None:
     return _size(devices.get("root", {}), "size")
 
 
+def credentials_of(config: Config) -> dict[str, str]:
+    """Credentials for the guest's systemd, by name, in base64."""
+    found = {}
+    for key, value in config.items():
+        if key.startswith(TEXT_CREDENTIAL):
+            found[key.removeprefix(TEXT_CREDENTIAL)] = value.encode()
+        elif key.startswith(BINARY_CREDENTIAL):
+            found[key.removeprefix(BINARY_CREDENTIAL)] = parse_base64(value)
+    return {name: b2a_base64(content, newline=False).decode() for name, content in found.items()}
+
+
 def cgroup_of(root: Root, tenant: str, jail: str) -> str:
     return f"{root.cgroup}/{tenant}/{jail}"
 
@@ -159,6 +173,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         raise JailmgrError(f"jail {jail.full_name}", f"its image {jail.image[:12]} is gone", "", "missing")
     tenant = m.store.tenant(jail.tenant)
     shape = shape_of(m.root, tenant, jail)
+    networks = [(_network(m, jail.tenant, nic), nic) for nic in jail.nics]
     variables = {
         key.removeprefix("environment."): value for key, value in jail.config.items() if key.startswith("environment.")
     }
@@ -168,6 +183,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         hostname=jail.name,
         uid=tenant.uid,
         idmap_base=jail.idmap_base,
+        idmap_size=jail.idmap_size,
         cgroup=cgroup_of(m.root, jail.tenant, jail.name),
         lower=f"{m.root.image(jail.image)}/rootfs",
         volume=m.root.volume(jail.tenant, jail.name),
@@ -177,14 +193,19 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         stop_signal=image.recipe.stop_signal,
         stop_timeout=stop_timeout(jail, image.recipe),
         notify=image.recipe.notify,
-        nics=[nic_plan(m.root, _network(m, jail.tenant, nic), nic, shape) for nic in jail.nics],
+        nics=[nic_plan(m.root, network, nic, shape) for network, nic in networks],
+        dns=[address.partition("/")[0] for network, _ in networks[:1] for address in (network.ipv4, network.ipv6)],
+        domain=DOMAIN,
         limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
-        seccomp=seccomp_filter(m.root),
+        seccomp=seccomp_filter(m.root, socketcall=parse_bool(jail.config.get(SOCKETCALL, "false"))),
         apparmor=ensure_profile(m.root),
         oom_score_adj=image.recipe.oom_score_adj,
         lxcfs=m.root.lxcfs,
         restart=jail.config.get("restart", "no"),
+        uuid=m.store.uuid(jail),
+        credentials=credentials_of(jail.config),
         store=keep(m, jail),
+        devices=(*devices.DEFAULT, *nodes_of(jail)),
     )
 
 
@@ -225,16 +246,16 @@ def write_bundle(m: Manager, jail: Jail, stopped: bool = False) -> str:
     return directory
 
 
-def seccomp_filter(root: Root, raw_volume: bool = False) -> str:
+def seccomp_filter(root: Root, raw_volume: bool = False, socketcall: bool = False) -> str:
     """The file of the compiled filter, made once for each deny list, libseccomp and architecture.
 
-    `raw_volume` as seccomp.default_section has it.
+    `raw_volume` as in seccomp.default_section, `socketcall` as in seccomp.compile.
     """
     section = seccomp.default_section(raw_volume=raw_volume)
-    told = json.dumps([section, platform.machine(), platform.release()], sort_keys=True)
+    told = json.dumps([section, platform.machine(), platform.release(), *["socketcall"] * socketcall], sort_keys=True)
     path = f"{root.run}/seccomp/{hashlib.sha256(told.encode()).hexdigest()[:16]}.bpf"
     if not os.path.exists(path):
-        compiled = seccomp.compile(section)
+        compiled = seccomp.compile(section, socketcall)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         new = f"{path}.{os.getpid()}.{threading.get_ident()}"
         with open(new, "wb") as file:

@@ -34,7 +34,7 @@ from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up, jails_up, supervisor_process
 from jailmgr.storage.pool import is_made
-from jailmgr.storage.volume import reap
+from jailmgr.storage.volume import discard_half_made, reap
 from jailmgr.store import CREATING, READY, RENAMING, Row
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,14 @@ def reconcile(m: Manager) -> None:
     _claim_again(m)
     if m.pool_if_open is not None:
         attempt("what was deleted", partial(reap, m.pool))
+        attempt("what was half made", partial(discard_half_made, m.pool))
         attempt("builds", partial(_remove_builds, m))
         attempt("images", partial(_compare_images, m))
     for row in m.store.rows():
         if row.state != READY:
             attempt(f"jail {row.jail.full_name}, {row.state}", partial(_finish, m, row))
     alive = [jail for jail in m.store.jails() if is_up(m, jail)]
+    attempt("ports of jails that have ended", partial(networks.settle, m, alive))
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
         attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
@@ -110,7 +112,7 @@ def _finish(m: Manager, row: Row) -> None:
     if row.state == RENAMING:
         finish_rename(m, row)
     elif row.state == CREATING and kept is not None and kept.jail.id == row.jail.id:
-        m.store.take_back(kept.jail, kept.tenant, kept.networks, ports_of(kept.jail))
+        m.store.take_back(kept.jail, kept.tenant, kept.networks, ports_of(kept.jail), kept.uuid)
     else:
         finish_delete(m, row.jail, row.next)
 

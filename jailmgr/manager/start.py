@@ -11,6 +11,7 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.pinning import forget_pin
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
+from jailmgr.manager.renumber import renumber_if_old
 from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail, Stopped
@@ -50,7 +51,8 @@ def boot(m: Manager, jail: Jail) -> None:
     for port in ports_of(jail):
         check_host(port)
     claim_uid(m, jail.tenant)
-    jail = claim_idmap(m, jail)
+    jail = claim_idmap(m, jail, resize=not is_up(m, jail))
+    renumber_if_old(m, jail)
     # Here, since it may take seconds, and while a supervisor does it the tenant's other jails wait.
     volume_format.convert(m.root.volume(jail.tenant, jail.name))
     with ExitStack() as undo:

@@ -121,6 +121,7 @@ def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
         networks=promised.networks,
         snapshots=promised.snapshots,
         ports=promised.ports,
+        ids=promised.ids,
         cpu_ns=cpu_ns or 0,
         cache_bytes=(whole or 0) - memory,
     )

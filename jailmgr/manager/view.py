@@ -13,7 +13,6 @@ from jailmgr.manager.plan import cgroup_of, cpus_of, disk_of, limits_of
 from jailmgr.manager.ports import ports_of
 from jailmgr.model import Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
 from jailmgr.runtime import apparmor, cgroups
-from jailmgr.runtime.bundle import ID_SIZE
 from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process, waits
 from jailmgr.storage.volume import committed_usage, volume_usage
 from jailmgr.store import DELETING, READY, RENAMING, Row
@@ -98,7 +97,8 @@ def info(m: Manager, tenant: str, name: str) -> JailInfo:
         "rootfs": m.root.volume(tenant, name),
         "log": f"{lib}/console.log",
         "pool": m.root.pool,
-        "idmap": f"0 {jail.idmap_base} {ID_SIZE}",
+        "idmap": f"0 {jail.idmap_base} {jail.idmap_size}",
+        "uuid": m.store.uuid(jail),
         "last_ended": _ending(m, tenant, name),
     }
     if state is not None:

@@ -28,7 +28,7 @@ from jailmgr.runtime.mount_namespace import enter_own
 from jailmgr.runtime.syscalls import move_mount, open_tree
 
 DOMAIN = "jailmgr"
-"""`search` of a jail's resolv.conf: systemd-resolved asks no server for names of one label."""
+"""The domain of the jails' names. dnsmasq knows them without it, too."""
 
 RESOLV_CONF = "/etc/resolv.conf"
 USERS = ("dnsmasq", "nobody")

@@ -202,6 +202,9 @@ def _bridge_element(root: Root, network: Network) -> Element:
 def _nic_elements(nic: Nic) -> list[Element]:
     own6 = [nic.ipv6, link_local(nic.mac)]
     return [
+        ("inet", "self_ipv4", {"concat": [nic.ipv4, nic.ipv4]}),
+        ("inet", "self_ipv6", {"concat": [nic.ipv6, nic.ipv6]}),
+        ("bridge", "back", {"concat": [nic.veth, nic.veth]}),
         ("bridge", "macs", {"concat": [nic.veth, nic.mac]}),
         ("bridge", "ipv4", {"concat": [nic.veth, nic.ipv4]}),
         *(("bridge", "ipv6", {"concat": [nic.veth, address]}) for address in own6),

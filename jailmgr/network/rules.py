@@ -19,6 +19,11 @@ DNS, DHCP_SERVER, DHCP_CLIENT, DHCP6_SERVER = 53, 67, 68, 547
 
 SETS = {
     ("inet", "bridges"): "type ifname . ifname",
+    # Each address of a jail twice: a packet of a jail to itself.
+    ("inet", "self_ipv4"): "type ipv4_addr . ipv4_addr",
+    ("inet", "self_ipv6"): "type ipv6_addr . ipv6_addr",
+    # Each port twice: a frame that would go back by the port it came from.
+    ("bridge", "back"): "type ifname . ifname",
     # Ports all of whose packets come by way of a queue (runtime/shaping.py).
     ("bridge", "shaped"): "type ifname",
     ("bridge", "macs"): "type ifname . ether_addr",
@@ -76,6 +81,7 @@ CHAINS: dict[str, dict[str, tuple[str, str, int] | None]] = {
         # Frames to 01:80:c2:00:00:0X, which no bridge forwards, come by no other hook, and those to …:0E by none at all
         # (br_handle_frame of net/bridge): runtime/netlink.py and the `raw` chain hold these.
         "input": ("filter", "input", -300),
+        "forward": ("filter", "forward", -300),
         "arp_from_jail": None,
         "ipv4_from_jail": None,
         "ipv6_from_jail": None,
@@ -145,6 +151,9 @@ def _inet(ours: str, ports: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("postrouting", (from_jail, not_to_jail, {"masquerade": None})),
         # A jail that asks for its neighbour by the host's address must get the answer by way of the host.
         ("postrouting", (from_jail, to_jail, published, {"masquerade": None})),
+        # br_netfilter turns the packet of a jail to its own published port within the bridge: iifname is empty then.
+        ("postrouting", (to_jail, published, _is(_both_addresses("ip"), "@self_ipv4"), {"masquerade": None})),
+        ("postrouting", (to_jail, published, _is(_both_addresses("ip6"), "@self_ipv6"), {"masquerade": None})),
         ("postrouting", (to_jail, _is(_payload("ip", "saddr"), loopback4), {"masquerade": None})),
         # A bridge hands on what it has received as its own; a packet that comes by a port itself has passed no rule.
         ("raw", (_is(_meta("iifname"), ports), _DROP)),
@@ -188,6 +197,7 @@ def _counted(chain: str, key: Json, name: str) -> list[tuple[str, tuple[Json, ..
 
 def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
     link_local = _is({"&": [_payload("ether", "daddr"), "ff:ff:ff:ff:ff:f0"]}, "01:80:c2:00:00:00")
+    group = _is({"&": [_payload("ether", "daddr"), "01:00:00:00:00:00"]}, "01:00:00:00:00:00")
     families = {"arp": "arp_from_jail", "ip": "ipv4_from_jail", "ip6": "ipv6_from_jail"}
     jumps = {"set": [[family, {"jump": {"target": chain}}] for family, chain in families.items()]}
     unspecified6 = _is(_payload("ip6", "saddr"), "::")
@@ -204,6 +214,8 @@ def _bridge(ours: str) -> list[tuple[str, tuple[Json, ...]]]:
         ("prerouting", ({"vmap": {"key": _payload("ether", "type"), "data": jumps}},)),
         ("prerouting", (_DROP,)),
         ("input", (_is(_meta("iifname"), ours), link_local, _DROP)),
+        # A port hands back what its jail sends to its own published port (runtime/netlink.py), and no multicast.
+        ("forward", (group, _is({"concat": [_meta("iifname"), _meta("oifname")]}, "@back"), _DROP)),
         ("arp_from_jail", (_not_own(_payload("arp", "saddr ether"), "macs"), _DROP)),
         # An ARP probe (RFC 5227, 2.1.1): its sender has no address yet, and a host that has the target's gives that up.
         (
@@ -279,6 +291,10 @@ def _ct(key: str) -> Json:
 
 def _payload(protocol: str, field: str) -> Json:
     return {"payload": {"protocol": protocol, "field": field}}
+
+
+def _both_addresses(family: str) -> Json:
+    return {"concat": [_payload(family, "saddr"), _payload(family, "daddr")]}
 
 
 def _dnat(family: str, name: str, *before: Json) -> Json:

@@ -2,10 +2,11 @@
 
 Nothing of the jail's tree is opened from outside, so a link in it leads nowhere else. Owners are the jail's.
 
-Two files of a jail may have one inode number, since its image and its volume are two subvolumes and overlayfs shows
-their own numbers. So equal (st_dev, st_ino) is not enough for a hard link. A second name is written as a link only if
-both names have more than one link, and equal size, mode, owner, mtime and ctime in nanoseconds, and equal content, read
-again. The content decides: files that are taken for one by mistake have the same bytes, and none is lost.
+Two files may have one inode number where overlayfs shows the numbers of two subvolumes: in a jail whose volume an
+earlier release made, until its next start (storage/btrfs_renumber.py), and in overlays of others. So equal (st_dev,
+st_ino) is not enough for a hard link. A second name is written as a link only if both names have more than one link,
+and equal size, mode, owner, mtime and ctime in nanoseconds, and equal content, read again. The content decides: files
+that are taken for one by mistake have the same bytes, and none is lost.
 """
 
 from __future__ import annotations

@@ -10,16 +10,17 @@ import json
 from typing import Any, NamedTuple
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import seccomp
+from jailmgr.runtime import devices, seccomp
 from jailmgr.runtime.capabilities import BOUNDING
 from jailmgr.runtime.cgroup_limits import DEFAULT_DEVICES
 from jailmgr.runtime.cgroup_limits import IoLimit as IoLimit
 from jailmgr.runtime.cgroup_limits import Limits as Limits
 from jailmgr.runtime.jsonfile import read_json, write_json
 
-ID_SIZE = 65536
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "config.json"
+MANAGER = "jailmgr"
+"""How a guest knows that it is in a container of ours: $container of process 1 (systemd's Container Interface)."""
 
 
 class Plan(NamedTuple):
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     uid: int
     """The tenant's own host uid, which makes the user namespace."""
     idmap_base: int
+    idmap_size: int
     cgroup: str
     """ROOT/TENANT/JAIL, below each hierarchy's mount point."""
     lower: str
@@ -47,6 +49,10 @@ class Plan(NamedTuple):
     terminal: bool = True
     nics: list[dict[str, Any]] = []
     """As netlink.attach takes them."""
+    dns: list[str] = []
+    """Addresses of the network's DNS servers."""
+    domain: str = ""
+    """Of the names that they know of the network's jails."""
     limits: Limits = Limits()
     seccomp: str = ""
     """File of the compiled `linux.seccomp` section; empty for none."""
@@ -58,8 +64,14 @@ class Plan(NamedTuple):
     """Where an lxcfs is mounted, if one is when the jail starts; empty for none."""
     restart: str = "no"
     """no, on-failure, always: what to do when init ends by itself (a reboot always brings it back)."""
+    uuid: str = ""
+    """The jail's own, which systemd in it makes its machine-id(5) at its first boot; empty for none."""
+    credentials: dict[str, str] = {}
+    """For systemd in the jail, by name, in base64."""
     store: str = ""
     """What the manager's store holds of the jail, as JSON; the supervisor does not read it."""
+    devices: tuple[devices.Device, ...] = ()
+    """Devices of the host besides `DEVICES`."""
 
 
 TERMINALS = 256
@@ -82,6 +94,7 @@ _MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
 )
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+"""Nodes of the host that every jail has as they are."""
 MASKED = (
     "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug",
     "/proc/scsi", "/sys/firmware",
@@ -105,11 +118,11 @@ _THROTTLES = (
 
 def compile_bundle(plan: Plan) -> dict[str, Any]:
     """The OCI configuration of `plan`."""
-    environment = {"PATH": PATH, "container": "jailmgr"}
+    environment = {"PATH": PATH, "container": MANAGER}
     if plan.terminal:
         environment["TERM"] = "linux"
     environment |= plan.environment
-    mapping = [{"containerID": 0, "hostID": plan.idmap_base, "size": ID_SIZE}]
+    mapping = [{"containerID": 0, "hostID": plan.idmap_base, "size": plan.idmap_size}]
     annotations = {
         "tenant": plan.tenant,
         "jail": plan.jail,
@@ -120,11 +133,16 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
         "stop-timeout": str(plan.stop_timeout),
         "notify": json.dumps(plan.notify),
         "nics": json.dumps(plan.nics),
+        "dns": json.dumps(plan.dns),
+        "domain": plan.domain,
         "cpu-weight": json.dumps(plan.limits.cpu_weight),
         "seccomp": plan.seccomp,
         "lxcfs": plan.lxcfs,
         "restart": plan.restart,
+        "uuid": plan.uuid,
+        "credentials": json.dumps(plan.credentials),
         "store": plan.store,
+        "devices": json.dumps([device._asdict() for device in plan.devices]),
     }
     profile = {"apparmorProfile": plan.apparmor} if plan.apparmor else {}
     return {
@@ -218,11 +236,16 @@ class Bundle(NamedTuple):
     stop_timeout: int
     notify: bool
     nics: list[dict[str, Any]]
+    dns: list[str]
+    domain: str
     seccomp: str
     apparmor: str
     lxcfs: str
     restart: str
     oom_score_adj: int
+    devices: list[devices.Device]
+    uuid: str
+    credentials: dict[str, str]
 
 
 def read_bundle(config: dict[str, Any]) -> Bundle:
@@ -274,11 +297,16 @@ def _read(config: dict[str, Any]) -> Bundle:
         stop_timeout=int(own["stop-timeout"]),
         notify=json.loads(own["notify"]),
         nics=json.loads(own["nics"]),
+        dns=json.loads(own.get("dns", "[]")),
+        domain=own.get("domain", ""),
         seccomp=own["seccomp"],
         apparmor=process.get("apparmorProfile", ""),
         lxcfs=own.get("lxcfs", ""),
         restart=own["restart"],
         oom_score_adj=process.get("oomScoreAdj", 0),
+        devices=devices.parse(json.loads(own.get("devices", "[]"))),
+        uuid=own.get("uuid", ""),
+        credentials=json.loads(own.get("credentials", "{}")),
     )
 
 

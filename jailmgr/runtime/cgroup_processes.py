@@ -67,10 +67,15 @@ def _procs(fd: int) -> list[int]:
     return [int(line) for line in text.split() if line != b"0"]
 
 
-def freeze(h: Hierarchies, cgroup: str, timeout: float = 10.0) -> None:
-    """Stop every process of the group; on return all are. Raises JailmgrError, and then none is."""
+def freeze(h: Hierarchies, cgroup: str, timeout: float = 10.0, keep: bool = False) -> None:
+    """Stop every process of the group; on return all are. Raises JailmgrError, and then none is.
+
+    `keep`: then those that can be stopped are, and the others as they come out of the kernel (they may wait for a FUSE
+    server that has been stopped).
+    """
     if not _set_frozen(h, cgroup, True, timeout):
-        _set_frozen(h, cgroup, False, timeout)
+        if not keep:
+            _set_frozen(h, cgroup, False, timeout)
         raise JailmgrError(f"freezing {cgroup}", f"some processes could not be stopped within {timeout:g} s", _STUCK)
 
 

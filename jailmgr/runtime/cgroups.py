@@ -47,6 +47,7 @@ from jailmgr.runtime.cgroup_processes import wait_event, wait_members
 
 PAYLOAD = "payload"
 EXEC = "payload/.exec"
+"""Leaf for what is exec'd; runtime/cgroup_exec.py has further ones."""
 OUTSIDE = "exec"
 """Leaf beside the payload for what is exec'd when the guest spoilt `.exec` (made it threaded, used up its groups)."""
 
@@ -133,13 +134,18 @@ def create_jail_group(h: Hierarchies, cgroup: str, base_uid: int, cpus: str | No
             _make(payload)
             write(f"{payload}/cgroup.max.descendants", str(JAIL_GROUPS))
             write(f"{payload}/cgroup.max.depth", str(MAX_DEPTH))
-            os.chown(payload, base_uid, base_uid)
-            for name in DELEGATED:
-                os.chown(f"{payload}/{name}", base_uid, base_uid)
+            delegate(payload, base_uid)
         _make_cpuset(h, cgroup, cpus)
     except OSError as error:
         raise _failed(f"cgroup {cgroup}", error) from error
     return directories(h, cgroup)
+
+
+def delegate(path: str, base_uid: int) -> None:
+    """Give a v2 group to the guest, who may then make groups below it (cgroups(7), "Delegation"). Raises OSError."""
+    os.chown(path, base_uid, base_uid)
+    for name in DELEGATED:
+        os.chown(f"{path}/{name}", base_uid, base_uid)
 
 
 def directories(h: Hierarchies, cgroup: str) -> dict[str, str]:
@@ -216,9 +222,7 @@ def _failed(what: str, error: OSError) -> JailmgrError:
 def leaf_fd(h: Hierarchies, cgroup: str, leaf: str = PAYLOAD) -> int | None:
     """Directory of a v2 leaf, for clone3(2)'s CLONE_INTO_CGROUP; None on a host without v2. The caller closes it.
 
-    `leaf`: PAYLOAD or EXEC; the latter is made when it isn't there, and stays root's, so that the guest can't set it up
-    in a way that keeps processes out. Where the guest did that with a directory of its own, clone3 fails with EBUSY,
-    EOPNOTSUPP or EAGAIN: OUTSIDE, which is always good, is for that. Raises JailmgrError.
+    `leaf`: PAYLOAD or OUTSIDE, which is made when it isn't there. Raises JailmgrError.
     """
     if not h.unified:
         return None
@@ -228,8 +232,6 @@ def leaf_fd(h: Hierarchies, cgroup: str, leaf: str = PAYLOAD) -> int | None:
             _make(path)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if leaf == EXEC:
-            return leaf_fd(h, cgroup, OUTSIDE)
         raise from_os(f"cgroup {cgroup}", error) from error
 
 
@@ -304,7 +306,7 @@ def remove(h: Hierarchies, cgroup: str, timeout: float = 5.0) -> None:
             # Before the first rmdir(2): the empty groups that a guest has made are part of a jail that runs.
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
         for mount in _all(h):
-            _remove_tree(f"{mount}/{path}")
+            remove_tree(f"{mount}/{path}")
     except OSError as error:
         left = members(h, cgroup)
         if error.errno == errno.EBUSY and left:
@@ -317,7 +319,7 @@ def remove(h: Hierarchies, cgroup: str, timeout: float = 5.0) -> None:
         raise from_os(f"removing cgroup {cgroup}", error) from error
 
 
-def _remove_tree(path: str, at: int | None = None) -> None:
+def remove_tree(path: str, at: int | None = None) -> None:
     """rmdir(2) of a group, of those below it first. By directory fds, as `members` and for the same reason."""
     try:
         os.rmdir(path, dir_fd=at)
@@ -335,7 +337,7 @@ def _remove_tree(path: str, at: int | None = None) -> None:
         with os.scandir(fd) as entries:
             below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         for name in below:
-            _remove_tree(name, fd)
+            remove_tree(name, fd)
     finally:
         os.close(fd)
     try:

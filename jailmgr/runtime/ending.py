@@ -25,6 +25,9 @@ def ending(status: int | None, *, stopping: str, ours: bool, killed: bool, out_o
     if status in (0, signal.SIGKILL) and not ours and not killed:
         # The INT or HUP that reboot(2) leaves is told to init's parent only, which is not us.
         return ended | {"kind": "poweroff" if stopping else "unknown"}
+    if status == 0 and stopping:
+        # s6-svscan brings its services down on its stop signal, and exits: that is the end that was asked for.
+        return ended | {"kind": "poweroff"}
     if os.WIFEXITED(status):
         return ended | {"kind": "exit", "status": os.WEXITSTATUS(status)}
     number = os.WTERMSIG(status)

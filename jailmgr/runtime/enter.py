@@ -20,6 +20,7 @@ from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, cgroups, process, protocol
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
+from jailmgr.runtime.cgroup_exec import exec_leaves
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.pty import make_controlling, open_pty
 
@@ -74,7 +75,7 @@ def enter(
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        enterer = _fork(hierarchies, bundle.cgroup)
+        enterer = _fork(hierarchies, bundle)
         if enterer == 0:
             ours.close()
             process.trap(
@@ -91,18 +92,20 @@ def enter(
     return enterer, ours
 
 
-def _fork(hierarchies: Hierarchies, cgroup: str) -> int:
-    for leaf_name in (cgroups.EXEC, cgroups.OUTSIDE):
-        leaf = cgroups.leaf_fd(hierarchies, cgroup, leaf_name)
+def _fork(hierarchies: Hierarchies, bundle: Bundle) -> int:
+    refused: OSError | None = None
+    for leaf in exec_leaves(hierarchies, bundle.cgroup, bundle.idmap_base):
         try:
             return kernel.fork_into(leaf)
         except OSError as error:
-            if leaf_name == cgroups.OUTSIDE or error.errno not in (errno.EBUSY, errno.EOPNOTSUPP, errno.EAGAIN):
+            if error.errno not in (errno.EBUSY, errno.EOPNOTSUPP, errno.EAGAIN):
                 raise
+            refused = error
         finally:
             if leaf is not None:
                 os.close(leaf)
-    raise AssertionError("unreachable")
+    assert refused is not None
+    raise refused
 
 
 def _enterer(

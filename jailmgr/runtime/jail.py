@@ -12,7 +12,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, netlink, process, protocol, spawn, volume_format
+from jailmgr.runtime import cgroups, devices, fuse, netlink, process, protocol, spawn, stop_signal, volume_format
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
 from jailmgr.runtime.console import Console, Log, Watcher
@@ -35,6 +35,8 @@ STUCK = "stuck"
 BACKOFF = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 KILL_SECONDS = 10.0
 """From SIGKILL to an answer for those who wait, though the jail has not ended."""
+FUSE_SECONDS = 1.0
+"""Between two looks for FUSE connections of a jail that has been killed."""
 THAW_SECONDS, CLEAR_SECONDS = 1.0, 2.0
 """For what usually takes no time, and while which the tenant's other jails wait."""
 REAP_SECONDS = 2.0
@@ -74,6 +76,7 @@ class Jail:
         self._reaped = False
         self._reap_timer: Timer | None = None
         self.kill_timer: Timer | None = None
+        self.stop_request: stop_signal.Request | None = None
         self.start_timer: Timer | None = None
         self.tries = 0
         self.restarts = 0
@@ -123,7 +126,7 @@ class Jail:
 
     def visit(self, payload: spawn.Payload) -> None:
         """Run a function of ours as process 1 of a stopped jail, with no network. `visit_result` tells how it went."""
-        bundle = self.bundle._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no")
+        bundle = self.bundle._replace(nics=[], terminal=False, notify=False, lxcfs="", restart="no", devices=[])
         self._begin(bundle, 0, None, payload)
 
     def visit_result(self) -> dict[str, Any]:
@@ -142,20 +145,20 @@ class Jail:
         self._cancel_start()
         self.bundle, hierarchies = bundle, self.host.hierarchies
         self.once = stdio is not None or payload is not None
-        bpf = self.host.filter(bundle.seccomp)
+        bpf, nodes = self.host.filter(bundle.seccomp), devices.find(bundle.devices)
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
         self.timed_out = False
         try:
             if bundle.lower:
                 volume_format.convert(bundle.volume)
-            spawn.make_groups(hierarchies, bundle)
+            spawn.make_groups(hierarchies, bundle, nodes)
         except BaseException:
             # Processes that are in the group are not this start's: what is empty goes, and nothing is killed.
             with suppress(JailmgrError):
                 cgroups.remove(hierarchies, bundle.cgroup, timeout=0)
             raise
         try:
-            spawned = spawn.spawn(bundle, hierarchies, bpf, stdio, payload, partial(self._prepare, restarts))
+            spawned = spawn.spawn(bundle, hierarchies, bpf, nodes, stdio, payload, partial(self._prepare, restarts))
             self.host.loop.after(0.0, partial(os.close, spawned.stage))
             try:
                 if payload is None:
@@ -252,11 +255,23 @@ class Jail:
             self._kill()
             return
         cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
-        try:
-            signal.pidfd_send_signal(self.pidfd, number)
-        except ProcessLookupError:
-            return
+        self.ask(number)
         self.kill_after(timeout)
+
+    def ask(self, number: int) -> None:
+        """Send init a signal, as soon as init takes it."""
+        if self.state is not None:
+            self._take_back()
+            self.stop_request = stop_signal.Request(self.host.loop, self.state.pid, number, self._send)
+
+    def _send(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def _take_back(self) -> None:
+        if self.stop_request is not None:
+            self.stop_request.cancel()
+            self.stop_request = None
 
     def _kill(self) -> None:
         """Kill process 1, which takes all of its pid namespace along (pid_namespaces(7)), and all of the jail's groups.
@@ -265,6 +280,7 @@ class Jail:
         goes on once the tracer is gone.
         """
         self.kill_timer = None
+        self._take_back()
         if self.running:
             self.killed = True
             self.host.loop.after(KILL_SECONDS, partial(self._outlives_kill, self.state))
@@ -279,6 +295,18 @@ class Jail:
                     cgroups.thaw(self.host.hierarchies, self.bundle.cgroup, THAW_SECONDS)
             except JailmgrError as error:
                 self.log.note(f"only process 1 could be killed: {error}")
+            if self.state is not None:
+                self._abort_fuse(self.state.pid)
+
+    def _abort_fuse(self, pid: int) -> None:
+        """Abort the guest's FUSE connections until init has ended: one may have been in the making as it was killed."""
+        if self.state is None or self.state.pid != pid:
+            return
+        try:
+            fuse.abort(self.bundle.idmap_base, self.bundle.idmap_size)
+        except OSError as error:
+            self.log.note(f"its FUSE connections could not be aborted: {error}")
+        self.host.loop.after(FUSE_SECONDS, partial(self._abort_fuse, pid))
 
     def _outlives_kill(self, state: State | None) -> None:
         """Answer those who wait for its end: it may wait in the kernel for ever. It is watched on."""
@@ -319,6 +347,7 @@ class Jail:
         told["timed_out"] = self.timed_out and killed
         self.host.loop.forget(self.pidfd)
         os.close(self.pidfd)
+        self._take_back()
         if self.kill_timer is not None:
             self.kill_timer.cancel()
             self.kill_timer = None

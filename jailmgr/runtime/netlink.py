@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime.syscalls import CLONE_NEWNET, setns
@@ -30,7 +30,7 @@ RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH = 20, 22, 24,
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_STATS64 = 1, 3, 4, 10, 18, 23
 IFLA_AF_SPEC, IFLA_NET_NS_FD, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 26, 28, 31, 32
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, VETH_INFO_PEER = 1, 2, 4, 5, 1
-IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD = 8, 9
+IFLA_BRPORT_MODE, IFLA_BRPORT_LEARNING, IFLA_BRPORT_UNICAST_FLOOD = 4, 8, 9
 NDA_LLADDR, NUD_NOARP, NTF_MASTER, NTF_STICKY = 2, 0x40, 0x04, 0x40
 IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 8, 1
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_F_NODAD, IFA_F_PERMANENT = 1, 2, 4, 0x02, 0x80
@@ -136,7 +136,7 @@ def link_counters(prefix: str) -> dict[str, tuple[int, int]]:
 def _counters(link: bytes, prefix: str = "") -> tuple[str, tuple[int, int] | None]:
     """Name of a link, and where that begins with `prefix`, what has gone out and come in at it, in bytes."""
     name = ""
-    for kind, value in _attributes(link[16:]):
+    for kind, value in attributes(link[16:]):
         if kind == IFLA_IFNAME:
             name = value.rstrip(b"\0").decode(errors="replace")
             if not name.startswith(prefix):
@@ -147,15 +147,15 @@ def _counters(link: bytes, prefix: str = "") -> tuple[str, tuple[int, int] | Non
     return name, None
 
 
-class RouteSocket(_socket.socket):
-    """An rtnetlink socket in the network namespace of the calling thread; it stays there wherever the thread goes."""
+class NetlinkSocket(_socket.socket):
+    """A netlink(7) socket in the network namespace of the calling thread; it stays there wherever the thread goes."""
 
-    def __init__(self) -> None:
-        super().__init__(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE)
+    def __init__(self, family: int) -> None:
+        super().__init__(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, family)
         self.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
         self.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
 
-    def __enter__(self) -> RouteSocket:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,6 +190,13 @@ class RouteSocket(_socket.socket):
         return replies
 
 
+class RouteSocket(NetlinkSocket):
+    """An rtnetlink(7) socket."""
+
+    def __init__(self) -> None:
+        super().__init__(NETLINK_ROUTE)
+
+
 def routes(family: int = AF_INET) -> Iterator[tuple[str, int, int]]:
     """Every route of this network namespace, in all tables, as (network, prefix length, interface's index).
 
@@ -198,7 +205,7 @@ def routes(family: int = AF_INET) -> Iterator[tuple[str, int, int]]:
     with RouteSocket() as here:
         replies = here.ask(message(RTM_GETROUTE, NLM_F_DUMP, struct.pack("=8BI", family, *bytes(7), 0)))
     for reply in replies:
-        said = dict(_attributes(reply[12:]))
+        said = dict(attributes(reply[12:]))
         index = struct.unpack("=i", said[RTA_OIF])[0] if RTA_OIF in said else 0
         destination = said.get(RTA_DST, bytes(4 if family == AF_INET else 16))
         yield _socket.inet_ntop(family, destination), reply[1], index
@@ -216,17 +223,26 @@ def addresses(interface: str) -> tuple[bool, set[str]]:
         index, flags = struct.unpack_from("=iI", link, 4)
         found = here.ask(message(RTM_GETADDR, NLM_F_DUMP, struct.pack("=BBBBI", 0, 0, 0, 0, 0)))
     return bool(flags & IFF_UP), {
-        f"{_socket.inet_ntop(reply[0], dict(_attributes(reply[8:]))[IFA_ADDRESS])}/{reply[1]}"
+        f"{_socket.inet_ntop(reply[0], dict(attributes(reply[8:]))[IFA_ADDRESS])}/{reply[1]}"
         for reply in found
         if struct.unpack_from("=I", reply, 4)[0] == index
     }
+
+
+def own_addresses() -> set[str]:
+    """Return all addresses of this network namespace, without prefix length. Raises OSError."""
+    with RouteSocket() as here:
+        found = here.ask(message(RTM_GETADDR, NLM_F_DUMP, struct.pack("=BBBBI", 0, 0, 0, 0, 0)))
+    said = [(reply[0], dict(attributes(reply[8:]))) for reply in found]
+    # A point-to-point link has its peer's address as IFA_ADDRESS.
+    return {_socket.inet_ntop(family, each.get(IFA_LOCAL, each[IFA_ADDRESS])) for family, each in said}
 
 
 def mtu(index: int) -> int:
     """MTU of an interface, in bytes. Raises OSError."""
     with RouteSocket() as here:
         (link,) = here.ask(message(RTM_GETLINK, 0, ifinfomsg(index)))
-    (found,) = struct.unpack("=I", dict(_attributes(link[16:]))[IFLA_MTU])
+    (found,) = struct.unpack("=I", dict(attributes(link[16:]))[IFLA_MTU])
     return int(found)
 
 
@@ -319,8 +335,12 @@ def _port_options(index: int, more: bytes = b"") -> bytes:
     Frames to 01:80:c2:00:00:0X meet no rule (br_handle_frame of net/bridge). The bridge learns from them, so a jail
     could take its neighbour's address or fill the host's memory with made-up ones. They also go up to the host by the
     port itself: ARP would make the host know neighbours. network/rules.py drops IP packets that come this way.
+
+    A frame may go back by the port it came from (`hairpin`): with br_netfilter on, the bridge itself turns a packet for
+    a published port to the jail, also that jail's own packet. The rules drop a multicast frame that would go back.
     """
-    options = attribute(IFLA_BRPORT_LEARNING, b"\0") + attribute(IFLA_BRPORT_UNICAST_FLOOD, b"\0")
+    options = attribute(IFLA_BRPORT_MODE, b"\1")
+    options += attribute(IFLA_BRPORT_LEARNING, b"\0") + attribute(IFLA_BRPORT_UNICAST_FLOOD, b"\0")
     kind = attribute(IFLA_INFO_SLAVE_KIND, b"bridge") + attribute(IFLA_INFO_SLAVE_DATA | NLA_F_NESTED, options)
     body = ifinfomsg(index, IFF_NOARP) + attribute(IFLA_LINKINFO | NLA_F_NESTED, kind) + more
     return message(RTM_NEWLINK, 0, body)
@@ -384,20 +404,20 @@ def _address(index: int, address: str) -> bytes:
     packed, bits = _socket.inet_pton(family, text), int(length)
     scope = SCOPE_LINK if packed[:2] == b"\xfe\x80" and family == AF_INET6 else SCOPE_UNIVERSE
     header = struct.pack("=BBBBI", family, bits, IFA_F_NODAD | IFA_F_PERMANENT, scope, index)
-    attributes = attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed)
+    body = attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed)
     if family == AF_INET and bits < 31:
         broadcast = int.from_bytes(packed, "big") | (1 << 32 - bits) - 1
-        attributes += attribute(IFA_BROADCAST, broadcast.to_bytes(4, "big"))
-    return message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, header + attributes)
+        body += attribute(IFA_BROADCAST, broadcast.to_bytes(4, "big"))
+    return message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, header + body)
 
 
 def _route(index: int, gateway: str) -> bytes:
     """RTM_NEWROUTE of a default route."""
     family = AF_INET6 if ":" in gateway else AF_INET
     header = struct.pack("=8BI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, SCOPE_UNIVERSE, RTN_UNICAST, 0)
-    attributes = attribute(RTA_GATEWAY, _socket.inet_pton(family, gateway))
-    attributes += attribute(RTA_OIF, struct.pack("=i", index))
-    return message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, header + attributes)
+    body = attribute(RTA_GATEWAY, _socket.inet_pton(family, gateway))
+    body += attribute(RTA_OIF, struct.pack("=i", index))
+    return message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, header + body)
 
 
 def _delete(here: RouteSocket, veth: str, index: int = 0) -> None:
@@ -432,7 +452,7 @@ def _name(name: str) -> bytes:
     return attribute(IFLA_IFNAME, name.encode() + b"\0")
 
 
-def _attributes(buffer: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(buffer: bytes) -> Iterator[tuple[int, bytes]]:
     while len(buffer) >= 4:
         length, kind = struct.unpack_from("=HH", buffer)
         yield kind & NLA_TYPE_MASK, buffer[4:length]
@@ -447,9 +467,7 @@ def _error(body: bytes, flags: int) -> OSError | None:
     why = os.strerror(-number)
     if flags & NLM_F_ACK_TLVS and len(body) >= 20:
         # Capped: the refused message's header follows the number, and nothing of its body.
-        said = dict(
-            _attributes(body[20:] if flags & NLM_F_CAPPED else body[4 + struct.unpack_from("=I", body, 4)[0] :])
-        )
+        said = dict(attributes(body[20:] if flags & NLM_F_CAPPED else body[4 + struct.unpack_from("=I", body, 4)[0] :]))
         if NLMSGERR_ATTR_MSG in said:
             why += f" ({said[NLMSGERR_ATTR_MSG].rstrip(bytes(1)).decode(errors='replace')})"
     return OSError(-number, why)

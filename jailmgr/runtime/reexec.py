@@ -87,6 +87,7 @@ def _jail(jail: Jail) -> dict[str, Any]:
         "killed": jail.killed,
         "tries": jail.tries,
         "restarts": jail.restarts,
+        "asks": jail.stop_request.number if jail.stop_request is not None and jail.stop_request.pending else None,
         "kill_at": None if jail.kill_timer is None else jail.kill_timer.due,
         "start_at": None if jail.start_timer is None else jail.start_timer.due,
         "notify": None if jail.notify is None else jail.notify.fd,
@@ -163,6 +164,8 @@ def _restore_jail(jail: Jail, told: dict[str, Any]) -> None:
     if told["state"] is None:
         return
     jail.take_over(State(**told["state"]), told["pidfd"], told["ours"], told["console"], told["notify"])
+    if told.get("asks") is not None:
+        jail.ask(told["asks"])
     if told["kill_at"] is not None:
         jail.kill_after(max(0.0, told["kill_at"] - monotonic()))
     if jail.console is not None:

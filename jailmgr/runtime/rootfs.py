@@ -7,14 +7,14 @@ by fd, so that no path in the jail's (untrusted) tree is ever followed out of it
 from __future__ import annotations
 
 import os
-import socket
 import stat
+from typing import NamedTuple
 
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import lxcfs, protocol
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
-from jailmgr.runtime.notify import refuse_fds
+from jailmgr.runtime.devices import Node
 from jailmgr.runtime.pty import Pty, open_pty
 from jailmgr.runtime.root_mount import STAGE
 
@@ -32,8 +32,6 @@ _LINKS = {
     "stderr": "/proc/self/fd/2",
     "ptmx": "pts/ptmx",
 }
-NOTIFY = "/run/host/notify"
-"""Where init tells that it is up; the path is the container interface's of systemd."""
 
 
 def assemble() -> tuple[int, int]:
@@ -57,15 +55,24 @@ def assemble() -> tuple[int, int]:
     return root, scratch
 
 
-def populate(root: int, scratch: int, bundle: Bundle, limits_view: int | None) -> None:
+class Nodes(NamedTuple):
+    """Device nodes to bind: devices.make's mount, and what it was made of."""
+
+    folder: int
+    nodes: list[Node]
+
+
+def populate(root: int, scratch: int, bundle: Bundle, made: Nodes | None, limits_view: int | None) -> None:
     """Kernel file systems, devices and masks, as the bundle lists them. `scratch`: `assemble`'s, closed at the end.
 
-    `limits_view`: lxcfs.open_whole's, closed too.
+    `made` is closed too, and `limits_view`, lxcfs.open_whole's.
     """
     for mount in bundle.mounts:
         _mount(root, mount)
     if any(mount.target == "/dev" for mount in bundle.mounts):
         _devices(root)
+    if made is not None:
+        _bind_nodes(root, scratch, made)
     _new_boot_id(root, scratch)
     if limits_view is not None:
         _show_limits(root, scratch, limits_view, lxcfs.files_of(bundle))
@@ -89,16 +96,12 @@ def open_console(root: int) -> Pty:
     return pty
 
 
-def open_notify(root: int) -> int:
-    """A datagram socket at `NOTIFY` (sd_notify(3)); the fd of its receiving end."""
-    folder, name = os.path.split(NOTIFY)
-    place = _directory(root, folder.lstrip("/"))
-    os.fchdir(place)
-    os.close(place)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    refuse_fds(sock)
-    sock.bind(name)
-    return sock.detach()
+def attach(root: int, mount: int, path: str) -> None:
+    """Attach a detached mount, which is closed, at a directory that is made where it is missing."""
+    target = _directory(root, path.lstrip("/"))
+    kernel.move_mount(mount, target)
+    os.close(target)
+    os.close(mount)
 
 
 def enter(root: int) -> None:
@@ -162,6 +165,23 @@ def _devices(root: int) -> None:
     for link, target_path in _LINKS.items():
         os.symlink(target_path, link, dir_fd=dev)
     os.close(dev)
+
+
+def _bind_nodes(root: int, scratch: int, made: Nodes) -> None:
+    """The whole goes where nobody sees it, for only what is mounted here can be cloned in part."""
+    os.mkdir("devices", 0o700, dir_fd=scratch)
+    kernel.move_mount(made.folder, scratch, "devices")
+    os.close(made.folder)
+    for place, node in enumerate(made.nodes):
+        try:
+            cover = kernel.open_tree(f"devices/{place}", scratch)
+        except FileNotFoundError:
+            continue  # it could not be made, and is not required
+        path = node.path.lstrip("/")
+        os.close(_directory(root, os.path.dirname(path)))
+        target = _touch(root, path)
+        kernel.move_mount(cover, target)
+        protocol.close_all([cover, target])
 
 
 def _new_boot_id(root: int, scratch: int) -> None:

@@ -77,6 +77,10 @@ _ARCH_TOKENS = {
 }
 """AUDIT_ARCH_* of linux/audit.h."""
 
+_SOCKETCALL = "SCMP_ARCH_X86"
+"""Where glibc makes sockets by socketcall(2)."""
+_OF_SOCKETS = frozenset({"socket", "socketpair"})
+
 _ACT_ALLOW = 0x7FFF0000
 _ACT_ERRNO = 0x00050000
 _FLTATR_ACT_BADARCH = 2
@@ -99,7 +103,7 @@ def default_section(machine: str = "", raw_volume: bool = False) -> dict[str, An
     them a subvolume can leave its quota group (BTRFS_IOC_SUBVOL_CREATE_V2).
 
     32-bit x86 programs that make sockets by socketcall(2) can make none, since its family is behind a pointer and
-    libseccomp refuses it whole; glibc's do so, direct calls (Go, musl) are not touched.
+    libseccomp refuses it whole (`compile` has a way past it); glibc's do so, direct calls (Go, musl) are not touched.
     """
     machine = machine or os.uname().machine
     calls: list[dict[str, Any]] = [
@@ -182,11 +186,15 @@ def _library() -> ctypes.CDLL:
             "seccomp filter", "libseccomp is not installed", "apt install libseccomp2", "unavailable"
         ) from error
     library.seccomp_init.restype = ctypes.c_void_p
+    library.seccomp_arch_native.restype = ctypes.c_uint32
     return library
 
 
-def compile(section: dict[str, Any]) -> bytes:  # noqa: A001 - what it does, in the word of seccomp's manuals
+def compile(section: dict[str, Any], socketcall: bool = False) -> bytes:  # noqa: A001 - the word of seccomp's manuals
     """The section as BPF for `load`, for this machine and the architectures named in it; 10 ms or so, worth keeping.
+
+    `socketcall`: 32-bit x86 programs may make sockets of every family. libseccomp takes a rule for socket(2) as one for
+    socketcall(2) too and can't refuse a family of it alone, so such rules are left out for that architecture.
 
     Takes what `default_section` makes: everything is allowed but what rules with SCMP_ACT_ERRNO refuse, arguments are
     tested by SCMP_CMP_MASKED_EQ. Raises JailmgrError: `invalid` on anything else, `unavailable` without libseccomp 2.5.
@@ -194,20 +202,36 @@ def compile(section: dict[str, Any]) -> bytes:  # noqa: A001 - what it does, in 
     library = _library()
     if section["defaultAction"] != "SCMP_ACT_ALLOW":
         raise _invalid(f"default action {section['defaultAction']}")
-    context = ctypes.c_void_p(library.seccomp_init(_ACT_ALLOW))
-    if context.value is None:
-        raise JailmgrError("seccomp filter", "seccomp_init failed")
+    for name in section["architectures"]:
+        if name not in _ARCH_TOKENS:
+            raise _invalid(f"architecture {name}")
+    apart = [name for name in section["architectures"] if socketcall and name == _SOCKETCALL]
+    context = _context(library, [name for name in section["architectures"] if name not in apart])
     try:
-        _call(library.seccomp_attr_set(context, _FLTATR_ACT_BADARCH, _ACT_ERRNO | errno.ENOSYS), "bad architectures")
-        for name in section["architectures"]:
-            if name not in _ARCH_TOKENS:
-                raise _invalid(f"architecture {name}")
-            _call(library.seccomp_arch_add(context, ctypes.c_uint32(_ARCH_TOKENS[name])), name, errno.EEXIST)
         for rule in section["syscalls"]:
             _add(library, context, rule)
+        if apart:
+            other = _context(library, apart, native=False)
+            for rule in section["syscalls"]:
+                if not _OF_SOCKETS.issuperset(rule["names"]):
+                    _add(library, other, rule)
+            _call(library.seccomp_merge(context, other), "merging architectures")  # `other` is part of it from here on
         return _export(library, context)
     finally:
         library.seccomp_release(context)
+
+
+def _context(library: ctypes.CDLL, architectures: list[str], native: bool = True) -> ctypes.c_void_p:
+    """A filter without rules for these architectures, and for this machine's own where it is `native`."""
+    context = ctypes.c_void_p(library.seccomp_init(_ACT_ALLOW))
+    if context.value is None:
+        raise JailmgrError("seccomp filter", "seccomp_init failed")
+    _call(library.seccomp_attr_set(context, _FLTATR_ACT_BADARCH, _ACT_ERRNO | errno.ENOSYS), "bad architectures")
+    for name in architectures:
+        _call(library.seccomp_arch_add(context, ctypes.c_uint32(_ARCH_TOKENS[name])), name, errno.EEXIST)
+    if not native:
+        _call(library.seccomp_arch_remove(context, ctypes.c_uint32(library.seccomp_arch_native())), "architectures")
+    return context
 
 
 def _invalid(what: str) -> JailmgrError:

@@ -23,11 +23,13 @@ from jailmgr.runtime import (
     apparmor,
     capabilities,
     cgroups,
+    devices,
     lxcfs,
     netlink,
     process,
     protocol,
     reaper,
+    resolvers,
     root_mount,
     rootfs,
     shaping,
@@ -35,7 +37,8 @@ from jailmgr.runtime import (
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies
-from jailmgr.runtime.pty import check_master, make_controlling
+from jailmgr.runtime.pty import check_master
+from jailmgr.runtime.run_host import RUN_HOST, RunHost, make_run_host
 
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
@@ -73,14 +76,14 @@ class Payload(NamedTuple):
     fds: list[int]
 
 
-def make_groups(hierarchies: Hierarchies, bundle: Bundle) -> None:
+def make_groups(hierarchies: Hierarchies, bundle: Bundle, nodes: list[devices.Node]) -> None:
     """The jail's cgroups, below its tenant's, held to its devices: v1's rules deny all before they allow, and by then
     process 1 may be opening its console.
     """
     root, tenant, _ = bundle.cgroup.split("/")
     cgroups.tenant_group(hierarchies, root, tenant)
     cgroups.create_jail_group(hierarchies, bundle.cgroup, bundle.idmap_base, bundle.limits.cpus)
-    cgroups.device_rules(hierarchies, bundle.cgroup, cgroups.DEFAULT_DEVICES)
+    cgroups.device_rules(hierarchies, bundle.cgroup, [*cgroups.DEFAULT_DEVICES, *devices.rules(nodes)])
 
 
 def spare(pid: int, oom_score_adj: int) -> None:
@@ -98,43 +101,48 @@ def spawn(
     bundle: Bundle,
     hierarchies: Hierarchies,
     bpf: bytes,
+    nodes: list[devices.Node],
     stdio: Stdio | None = None,
     payload: Payload | None = None,
     meanwhile: Callable[[int], None] = lambda _pid: None,
 ) -> Spawned:
     """Build a jail up to the point where only the exec is missing.
 
-    The jail's cgroups are there. `meanwhile` is called with the child's pid while that mounts. Raises JailmgrError with
-    the step that failed; nothing is left of the attempt then.
+    The jail's cgroups are there. `nodes`: those of make_groups. `meanwhile` is called with the child's pid while that
+    mounts. Raises JailmgrError with the step that failed; nothing is left of the attempt then.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
     leaf, tasks = cgroups.leaf_fd(hierarchies, bundle.cgroup), cgroups.open_tasks(hierarchies, bundle.cgroup)
     pid, stage = 0, -1
+    host: RunHost | None = None
     try:
         with root_mount.staging() as staged:
             try:
                 with capabilities.effective_uid(bundle.uid):
                     pid = kernel.fork_into(leaf, _NAMESPACES)
                     if pid == 0:
-                        work = partial(_init, theirs, tasks, bundle, bpf, stdio, payload)
+                        work = partial(_init, theirs, tasks, bundle, bpf, nodes, stdio, payload)
                         process.trap("start", partial(protocol.send, theirs), work)
             finally:
                 theirs.close()
                 protocol.close_all(tasks if leaf is None else [leaf, *tasks])
             _mount_root(pid, bundle)
         stage = staged
-        _lead(ours, pid, bundle)
+        if payload is None:
+            host = make_run_host(bundle)
+        _lead(ours, pid, bundle, nodes, host)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
-        notify = fds[-1] if len(fds) > (console is not None) else None
-        return Spawned(pid, os.pidfd_open(pid), ours, console, notify, stage)
+        return Spawned(pid, os.pidfd_open(pid), ours, console, None if host is None else host.notify, stage)
     except BaseException as error:
         if stage >= 0:
             os.close(stage)
+        if host is not None and host.notify is not None:
+            os.close(host.notify)
         if not pid:
             ours.close()
             if isinstance(error, OSError):
@@ -174,14 +182,22 @@ def _mount_root(pid: int, bundle: Bundle) -> None:
         os.close(userns)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle) -> None:
-    """Let the child copy the staging namespace; meanwhile make its network."""
-    limits_view = lxcfs.open_whole(bundle.lxcfs)
-    fds = [] if limits_view is None else [limits_view]
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node], host: RunHost | None) -> None:
+    """Let the child copy the staging namespace; meanwhile make its network. The mount in `host` is closed.
+
+    The child receives `host`'s mount first, then its devices, and last what lxcfs shows, where there are these.
+    """
+    mounts = [] if host is None else [host.mount]
     try:
-        protocol.send(ours, {}, fds)
+        if nodes:
+            mounts.append(devices.make(nodes, bundle.idmap_base, bundle.idmap_size))
+        limits_view = lxcfs.open_whole(bundle.lxcfs)
+        if limits_view is not None:
+            mounts.append(limits_view)
+        environment = None if host is None else host.environment
+        protocol.send(ours, {"limits_view": limits_view is not None, "environment": environment}, mounts)
     finally:
-        protocol.close_all(fds)
+        protocol.close_all(mounts)
     if bundle.nics:
         netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -279,7 +295,13 @@ def _go(sock: socket.socket) -> protocol.Message:
 
 
 def _init(
-    sock: socket.socket, tasks: list[int], bundle: Bundle, bpf: bytes, stdio: Stdio | None, payload: Payload | None
+    sock: socket.socket,
+    tasks: list[int],
+    bundle: Bundle,
+    bpf: bytes,
+    nodes: list[devices.Node],
+    stdio: Stdio | None,
+    payload: Payload | None,
 ) -> None:
     """Process 1, from its clone to its exec."""
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -292,7 +314,10 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    limits_view = said.fds[0] if said.fds else None
+    mounts, environment = said.fds, said.body["environment"]
+    host = mounts.pop(0) if environment is not None else None
+    limits_view = mounts.pop() if said.body["limits_view"] else None
+    made = rootfs.Nodes(mounts.pop(), nodes) if nodes else None
     kernel.unshare(kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])
@@ -301,15 +326,15 @@ def _init(
     _start_clocks()
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble()
-    rootfs.populate(root, scratch, bundle, limits_view)
+    rootfs.populate(root, scratch, bundle, made, limits_view)
+    if payload is None:
+        resolvers.hand_out(root, bundle)
     shown: list[int] = []
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
         shown.append(console.master)
-    env = dict(bundle.env)
-    if bundle.notify and payload is None:
-        shown.append(rootfs.open_notify(root))
-        env["NOTIFY_SOCKET"] = rootfs.NOTIFY
+    if host is not None:
+        rootfs.attach(root, host, RUN_HOST)
     rootfs.enter(root)
     protocol.send(sock, {"step": "mounted"}, shown)
     _go(sock)
@@ -323,15 +348,21 @@ def _init(
     process.set_limits(bundle.rlimits)
     process.become(bundle.capabilities, bpf)
     apparmor.at_exec(bundle.apparmor, proc)
-    process.execute(bundle.args, env)
+    process.execute(bundle.args, bundle.env | environment)
 
 
 def _stand_on(slave: int | None, stdio: Stdio | None) -> None:
-    if slave is not None:
-        make_controlling(slave)
-        return
+    """Put the console, `stdio` or /dev/null on fds 0 to 2, in a session of its own that has no controlling terminal.
+
+    The kernel starts process 1 so too (init/main.c, console_on_rootfs). A terminal is that of one session alone
+    (ioctl_tty(2), TIOCSCTTY), and the one that needs the console is a getty's.
+    """
     os.setsid()
-    # Without any it gets /dev/null, and never the supervisor's own log.
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if stdio is None else -1
-    for target, fd in enumerate(stdio or (null, null, null)):
+    if slave is not None:
+        stdio = Stdio(slave, slave, slave)
+    elif stdio is None:
+        # Never the supervisor's own log.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stdio = Stdio(null, null, null)
+    for target, fd in enumerate(stdio):
         os.dup2(fd, target)

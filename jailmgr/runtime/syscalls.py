@@ -41,6 +41,7 @@ FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
 FSCONFIG_CMD_CREATE = 6
+FSCONFIG_CMD_RECONFIGURE = 7
 
 MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOSUID = 0x02
@@ -51,6 +52,9 @@ MOUNT_ATTR_ATIME = 0x70
 MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_STRICTATIME = 0x20
 MOUNT_ATTR_IDMAP = 0x00100000
+MOUNT_ATTR_NOSYMFOLLOW = 0x00200000
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
@@ -141,6 +145,7 @@ _keyctl = _declare("syscall", c_long, c_int, c_void_p)
 _ptrace = _declare("ptrace", c_long, c_int, c_void_p, c_void_p)
 _prctl = _declare("prctl", c_int, c_ulong, c_ulong, c_ulong, c_ulong)
 _set_name = _declare("prctl", c_int, c_char_p)
+_renameat2 = _declare("renameat2", c_int, c_char_p, c_int, c_char_p, c_uint)
 
 
 def clone(flags: int) -> int:
@@ -280,8 +285,14 @@ def mount_setattr(fd: int, set_: int = 0, clear: int = 0, userns_fd: int = 0, pr
     _check(_mount_setattr(_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, pointer, size), "mount_setattr")
 
 
-def fsmount(kind: str, options: dict[str, str | None], attributes: int = 0) -> int:
-    """A new detached mount of file system `kind` (fsopen(2), fsconfig(2), fsmount(2)); an option of None is a flag."""
+def fsmount(
+    kind: str, options: dict[str, str | None], attributes: int = 0, fill: Callable[[int], None] | None = None
+) -> int:
+    """A new detached mount of file system `kind` (fsopen(2), fsconfig(2), fsmount(2)); an option of None is a flag.
+
+    `fill` puts files into the mount, and then the file system itself becomes read-only: only root of the user namespace
+    that it was made in can undo that.
+    """
     fs = _check(_fsopen(_FSOPEN, kind.encode(), FSOPEN_CLOEXEC), "fsopen", kind)
     try:
         for key, value in options.items():
@@ -289,7 +300,17 @@ def fsmount(kind: str, options: dict[str, str | None], attributes: int = 0) -> i
             raw = None if value is None else os.fsencode(value)
             _check(_fsconfig(_FSCONFIG, fs, command, key.encode(), raw, 0), "fsconfig", f"{kind} {key}={value}")
         _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_CMD_CREATE, None, None, 0), "fsconfig", kind)
-        return _check(_fsmount(_FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes), "fsmount", kind)
+        made = _check(_fsmount(_FSMOUNT, fs, FSMOUNT_CLOEXEC, attributes), "fsmount", kind)
+        if fill is None:
+            return made
+        try:
+            fill(made)
+            _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_SET_FLAG, b"ro", None, 0), "fsconfig", f"{kind} ro")
+            _check(_fsconfig(_FSCONFIG, fs, FSCONFIG_CMD_RECONFIGURE, None, None, 0), "fsconfig", kind)
+        except BaseException:
+            os.close(made)
+            raise
+        return made
     finally:
         os.close(fs)
 
@@ -305,6 +326,12 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: int, mode: int = 0) -> 
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     size = ctypes.sizeof(how)
     return _check(_openat2(_OPENAT2, dir_fd, os.fsencode(path), ctypes.addressof(how), size), "openat2", path)
+
+
+def renameat2(source: str, target: str, flags: int) -> None:
+    """renameat2(2) of two paths: RENAME_NOREPLACE raises FileExistsError, RENAME_EXCHANGE swaps both."""
+    done = _renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags)
+    _check(done, "renameat2", f"{source} {target}")
 
 
 def close_all_but(*keep: int) -> None:

@@ -241,25 +241,45 @@ def subvolume_id(fd: int) -> int:
     return int(args.treeid)
 
 
+def subvolume_at(path: str) -> int | None:
+    """Return the id of the subvolume whose root directory lies at `path`; None without one.
+
+    Raises OSError EINVAL for any other directory: the subvolume that it lies in is not the one that is meant.
+    """
+    try:
+        with directory(path) as fd:
+            if os.fstat(fd).st_ino != ROOT_INODE:
+                raise OSError(errno.EINVAL, "not a subvolume", path)
+            return subvolume_id(fd)
+    except FileNotFoundError:
+        return None
+
+
 def open_subvolume(fd: int, subvolume: int) -> int:
     """An fd of a subvolume's root directory by its id: no path is walked, whoever made what lies on it.
 
     Raises OSError: FileNotFoundError where there is none.
     """
+    return open_directory(fd, subvolume, ROOT_INODE)
+
+
+def open_directory(fd: int, subvolume: int, inode: int) -> int:
+    """Return an fd of a directory of a subvolume by its inode number, as `open_subvolume` does."""
     content = ctypes.sizeof(_FileHandle) - 8
-    handle = _FileHandle(content, _FILEID_BTRFS_WITHOUT_PARENT, ROOT_INODE, subvolume, _generation(fd, subvolume))
+    generation = _generation(fd, subvolume, inode)
+    handle = _FileHandle(content, _FILEID_BTRFS_WITHOUT_PARENT, inode, subvolume, generation)
     opened = _libc.open_by_handle_at(fd, ctypes.byref(handle), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if opened < 0:
         error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), f"subvolume {subvolume}")
+        raise OSError(error, os.strerror(error), f"inode {inode} of subvolume {subvolume}")
     return int(opened)
 
 
-def _generation(fd: int, subvolume: int) -> int:
-    """Of a subvolume's root directory, as its handle has it: Linux 6.1 knows it by no other."""
-    found = _items(fd, subvolume, ROOT_INODE, _INODE_ITEM_KEY)
+def _generation(fd: int, subvolume: int, inode: int) -> int:
+    """Return an inode's generation, which is part of its handle: Linux 6.1 opens no directory without it."""
+    found = _items(fd, subvolume, inode, _INODE_ITEM_KEY)
     if not found:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"subvolume {subvolume}")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"inode {inode} of subvolume {subvolume}")
     return int(_GENERATION.unpack_from(found[0][1])[0])
 
 
@@ -279,8 +299,11 @@ def subvolumes_from(fd: int, subvolume: int) -> list[int]:
 def destroy_subvolume(fd: int, subvolume: int) -> None:
     """Delete a subvolume and all that are nested in it, deepest first; one that is gone is fine.
 
-    It is out of sight at once; its space comes back as the kernel's cleaner gets to it.
+    It is out of sight at once; its space comes back as the kernel's cleaner gets to it. OSError EINVAL for the file
+    system's own, in which all others are nested.
     """
+    if subvolume < ROOT_INODE:
+        raise OSError(errno.EINVAL, "not a subvolume that can be deleted", str(subvolume))
     found = subvolumes_from(fd, subvolume)
     for each in found if len(found) > 1 else ():
         # Nothing can be deleted from one that is read-only.
@@ -358,6 +381,12 @@ def assign_group(fd: int, member: int, parent: int) -> None:
     """Make a group a member of one of a higher level; fine where it is."""
     args = _QgroupAssignArgs(1, member, parent)
     _ioctl(fd, QGROUP_ASSIGN, args, f"QGROUP_ASSIGN {told(member)} {told(parent)}", fine=errno.EEXIST)
+
+
+def release_group(fd: int, member: int, parent: int) -> None:
+    """Take a group out of one of a higher level; fine where it isn't in it."""
+    args = _QgroupAssignArgs(0, member, parent)
+    _ioctl(fd, QGROUP_ASSIGN, args, f"QGROUP_REMOVE {told(member)} {told(parent)}", fine=errno.ENOENT)
 
 
 def limit_group(fd: int, group_id: int, size: int | None) -> None:

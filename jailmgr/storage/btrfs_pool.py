@@ -17,6 +17,7 @@ import subprocess
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.storage import btrfs, loop
+from jailmgr.storage.btrfs_seeds import SEEDS
 from jailmgr.storage.kind import DIRECTORIES, Pool
 from jailmgr.units import format_size
 
@@ -24,7 +25,7 @@ MIN_SIZE = 512 << 20
 MIN_RESERVE = 2 << 30
 LABEL = "jailmgr"
 
-_REAP = "reap"
+_DIRECTORIES = (*DIRECTORIES, "reap", SEEDS)
 _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 2, 4, 1024
 _FS_IOC_SETFLAGS, _FS_NOCOW_FL = 0x40086602, 0x00800000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,11 +45,13 @@ def opened(root: Root) -> Pool | None:
         raise JailmgrError(
             f"pool {root.pool}",
             "the kernel made it read-only after an error",
-            "See dmesg; stop all jails and jailmgr, run btrfs check on the file, start again.",
+            "See dmesg; stop all jails and jailmgr, run btrfs check on the file, start again. "
+            "btrfs-progs 6.2 (Debian 12) refuse a pool with simple quotas, 6.14 (Debian 13) check it.",
             "unavailable",
         )
     mode = btrfs.quota_mode(uuid)
-    return Pool(root.pool, mode, uuid) if mode and os.path.isdir(f"{root.pool}/{_REAP}") else None
+    made = all(os.path.isdir(f"{root.pool}/{name}") for name in _DIRECTORIES)
+    return Pool(root.pool, mode, uuid) if mode and made else None
 
 
 def make(root: Root, size: int | None, lock: int) -> None:
@@ -138,7 +141,7 @@ def mount(root: Root) -> None:
         if btrfs.quota_mode(uuid) is None:
             btrfs.enable_quota(top)
         btrfs.rescan_if_inconsistent(top, uuid)
-    for name in (*DIRECTORIES, _REAP):
+    for name in _DIRECTORIES:
         os.makedirs(f"{root.pool}/{name}", mode=0o700, exist_ok=True)
 
 

@@ -10,11 +10,11 @@ import errno
 import os
 import random
 import re
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime.volume_format import UPPER, WORK
-from jailmgr.storage import btrfs
+from jailmgr.storage import btrfs, btrfs_renumber, btrfs_seeds
 from jailmgr.storage.kind import Pool
 
 JAIL_LEVEL, TENANT_LEVEL = 1, 2
@@ -24,8 +24,11 @@ REAP_AT_ONCE = 8
 _MARK = re.compile(r"(\d{1,5})-(\d{1,15})\Z", re.ASCII)
 
 
-def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None) -> None:
-    """As VolumeKind. JailmgrError `conflict` where another's files are in the jail's group."""
+def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None, layers: Sequence[str]) -> None:
+    """As VolumeKind: a snapshot of a seed. JailmgrError `conflict` where another's files are in the jail's group.
+
+    It is put in its place first and into the jail's group then: what a crash leaves in `seeds` is in no group.
+    """
     jail_group, tenant_group = btrfs.group(JAIL_LEVEL, jail_id), btrfs.group(TENANT_LEVEL, tenant_id)
     if btrfs.group_usage(pool.uuid, jail_group):
         hint = "`jailmgr doctor` names volumes of jails that the store does not know."
@@ -38,16 +41,50 @@ def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int
             btrfs.create_group(parent, jail_group)
             btrfs.assign_group(parent, jail_group, tenant_group)
             btrfs.limit_group(parent, jail_group, size)
-            btrfs.create_subvolume(parent, os.path.basename(path), [jail_group])
-        _make_directory(f"{path}/{UPPER}", 0o755)
-        _make_directory(f"{path}/{WORK}", 0o700)
+            btrfs_seeds.take(pool, btrfs_seeds.floor_above(layers), path)
+            with btrfs.directory(path) as volume:
+                btrfs.assign_group(parent, btrfs.group(0, btrfs.subvolume_id(volume)), jail_group)
         undo.pop_all()
+
+
+def keep_ready(pool: Pool, layers: Sequence[str]) -> None:
+    """As VolumeKind: snapshots of their seed."""
+    btrfs_seeds.keep_ready(pool, btrfs_seeds.floor_above(layers))
+
+
+def drop_unneeded(pool: Pool, layers: Sequence[str]) -> None:
+    """As VolumeKind: seeds, and snapshots of them."""
+    for path in btrfs_seeds.all_but(pool, [btrfs_seeds.floor_above([layer]) for layer in layers]):
+        delete_tree(pool, path)
+
+
+def overlaps(pool: Pool, path: str, layers: Sequence[str]) -> bool:
+    """As VolumeKind."""
+    return btrfs_renumber.overlaps(path, layers)
+
+
+def renumber(pool: Pool, path: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]) -> None:
+    """As VolumeKind: a snapshot with new numbers takes the volume's place."""
+    btrfs_renumber.renumber(pool, path, btrfs.group(JAIL_LEVEL, jail_id), layers, in_use)
+
+
+def half_made(pool: Pool) -> list[str]:
+    """As VolumeKind: seeds, and volumes that were being renumbered."""
+    return [*btrfs_seeds.half_made(pool), *btrfs_renumber.marks(pool)]
+
+
+def discard_half_made(pool: Pool) -> None:
+    """As VolumeKind."""
+    for path in btrfs_seeds.half_made(pool):
+        delete_tree(pool, path)
+    for mark in btrfs_renumber.marks(pool):
+        btrfs_renumber.give_up(pool, mark)
 
 
 def delete_volume(pool: Pool, path: str, jail_id: int | None) -> None:
     """As VolumeKind. The group goes once the kernel has freed the space, in this or a later call of `reap`."""
     with btrfs.directory(pool.path) as top:
-        subvolume = _subvolume(path)
+        subvolume = btrfs.subvolume_at(path)
         given_up = set() if jail_id is None else {btrfs.group(JAIL_LEVEL, jail_id)}
         if subvolume is not None:
             given_up.update(btrfs.parents(top, subvolume))
@@ -136,7 +173,7 @@ def settle_image(pool: Pool, image: str) -> None:
 
 def delete_tree(pool: Pool, path: str) -> None:
     """As VolumeKind: the subvolume at `path` and those nested in it, with their own groups."""
-    subvolume = _subvolume(path)
+    subvolume = btrfs.subvolume_at(path)
     if subvolume is not None:
         with btrfs.directory(pool.path) as top:
             # Older kernels (6.1) leave a classic group behind where its subvolume goes.
@@ -202,17 +239,6 @@ def _mark_if_room(pool: Pool, group: int) -> bool:
             raise
         return False
     return True
-
-
-def _subvolume(path: str) -> int | None:
-    """The id of the subvolume at `path`; None where there is nothing."""
-    try:
-        with btrfs.directory(path) as fd:
-            if os.fstat(fd).st_ino != btrfs.ROOT_INODE:
-                raise OSError(errno.EINVAL, "not a subvolume", path)
-            return btrfs.subvolume_id(fd)
-    except FileNotFoundError:
-        return None
 
 
 def _make_directory(path: str, mode: int) -> None:

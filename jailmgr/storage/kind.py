@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -59,8 +60,31 @@ class PoolKind(Protocol):
 class VolumeKind(Protocol):
     """What can be done with what lies in a pool. Paths are checked and within it; each raises OSError, JailmgrError."""
 
-    def create_volume(self, pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None) -> None:
-        """A volume with an empty `upper` and `work`; nothing is left of one that failed."""
+    def create_volume(
+        self, pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None, layers: Sequence[str]
+    ) -> None:
+        """A volume with an empty `upper` and `work`; nothing is left of one that failed.
+
+        No inode in it ever has the number of one in `layers`, the directories that it will lie over.
+        """
+
+    def overlaps(self, pool: Pool, path: str, layers: Sequence[str]) -> bool:
+        """Whether an inode of a volume may have the number of one in `layers`: those of earlier releases have such."""
+
+    def renumber(self, pool: Pool, path: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]) -> None:
+        """Give new numbers to such a volume. JailmgrError `conflict` where it is in use."""
+
+    def keep_ready(self, pool: Pool, layers: Sequence[str]) -> None:
+        """Make ahead what the next volumes over these layers are made from."""
+
+    def drop_unneeded(self, pool: Pool, layers: Sequence[str]) -> None:
+        """Delete what was made ahead, but for volumes over one of these layers."""
+
+    def half_made(self, pool: Pool) -> list[str]:
+        """Paths of what a crash kept from being made, beside volumes, builds and images."""
+
+    def discard_half_made(self, pool: Pool) -> None:
+        """Delete that."""
 
     def delete_volume(self, pool: Pool, path: str, jail_id: int | None) -> None:
         """Idempotent; what counted it is found by the volume where `jail_id` is None."""

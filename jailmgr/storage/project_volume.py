@@ -13,6 +13,7 @@ import os
 import random
 import secrets
 import subprocess
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
@@ -31,8 +32,11 @@ MIN_INODES = 16384
 _TRIES = 64
 
 
-def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None) -> None:
-    """As VolumeKind. JailmgrError `conflict` where another's files are in the jail's project, `full` past the last."""
+def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int | None, layers: Sequence[str]) -> None:
+    """As VolumeKind. JailmgrError `conflict` where another's files are in the jail's project, `full` past the last.
+
+    Layers and volume are directories of one file system, which gives no number twice.
+    """
     what = f"volume {path}"
     if not 0 < jail_id < JAILS:
         raise JailmgrError(what, f"there are {JAILS - 1} project ids for jails, and all were used", "", "full")
@@ -49,6 +53,32 @@ def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int
             os.mkdir(name, mode, dir_fd=fd)
             os.chmod(name, mode, dir_fd=fd)
         undo.pop_all()
+
+
+def overlaps(pool: Pool, path: str, layers: Sequence[str]) -> bool:
+    """As VolumeKind: never, in one file system."""
+    return False
+
+
+def renumber(pool: Pool, path: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]) -> None:
+    """As VolumeKind: nothing has to be."""
+
+
+def keep_ready(pool: Pool, layers: Sequence[str]) -> None:
+    """As VolumeKind: nothing takes long."""
+
+
+def drop_unneeded(pool: Pool, layers: Sequence[str]) -> None:
+    """As VolumeKind: nothing was made."""
+
+
+def half_made(pool: Pool) -> list[str]:
+    """As VolumeKind: there is nothing of the kind."""
+    return []
+
+
+def discard_half_made(pool: Pool) -> None:
+    """As VolumeKind: there is nothing of the kind."""
 
 
 def delete_volume(pool: Pool, path: str, jail_id: int | None) -> None:

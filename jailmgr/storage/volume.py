@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError, from_os
@@ -25,9 +25,12 @@ def kind_of(pool: Pool) -> VolumeKind:
     return _KINDS[pool.mode]
 
 
-def create_volume(pool: Pool, tenant: str, tenant_id: int, jail: str, jail_id: int, size: int | None) -> str:
+def create_volume(
+    pool: Pool, tenant: str, tenant_id: int, jail: str, jail_id: int, size: int | None, layers: Sequence[str] = ()
+) -> str:
     """An empty volume, limited to `size` bytes together with all that is ever counted as the jail's; its path.
 
+    `layers` are the root directories that the jail sees below it: no inode number of theirs is ever one of the volume.
     In it are `upper` (the root directory of the jail's layer: 0755, 0:0) and `work`, as mount(8) has them for overlay.
     Raises JailmgrError `exists`, `full`; nothing is left of one that failed.
     """
@@ -36,8 +39,43 @@ def create_volume(pool: Pool, tenant: str, tenant_id: int, jail: str, jail_id: i
     if os.path.lexists(path):
         raise JailmgrError(what, "there is one already", "", "exists")
     with _told(what):
-        kind_of(pool).create_volume(pool, path, tenant_id, jail_id, size)
+        kind_of(pool).create_volume(pool, path, tenant_id, jail_id, size, layers)
     return path
+
+
+def keep_ready(pool: Pool, layers: Sequence[str]) -> None:
+    """Make ahead what takes long of the next volumes over these layers. JailmgrError `full`."""
+    with _told("volumes made ahead"):
+        kind_of(pool).keep_ready(pool, layers)
+
+
+def overlaps(pool: Pool, tenant: str, jail: str, layers: Sequence[str]) -> bool:
+    """Report whether a volume may have inode numbers of the layers below it. JailmgrError `missing`."""
+    with _told(f"volume of {tenant}/{jail}"):
+        return kind_of(pool).overlaps(pool, _volume(pool, tenant, jail), layers)
+
+
+def renumber(
+    pool: Pool, tenant: str, jail: str, jail_id: int, layers: Sequence[str], in_use: Callable[[], bool]
+) -> None:
+    """Give new inode numbers to a volume that `overlaps`, all at once or not at all, whatever its limit.
+
+    No process may have it mounted: `in_use` is asked once nothing can be written to it any more. Raises JailmgrError
+    `conflict` if it is in use, `full` if the pool is.
+    """
+    with _told(f"inode numbers of {tenant}/{jail}"):
+        kind_of(pool).renumber(pool, _volume(pool, tenant, jail), jail_id, layers, in_use)
+
+
+def half_made(pool: Pool) -> list[str]:
+    """Names of what was being made, ahead or with new inode numbers, as a crash came: for `discard_half_made`."""
+    return [os.path.basename(path) for path in kind_of(pool).half_made(pool)]
+
+
+def discard_half_made(pool: Pool) -> None:
+    """Delete what was being made as a crash came. JailmgrError."""
+    with _told("what was half made"):
+        kind_of(pool).discard_half_made(pool)
 
 
 def delete_volume(pool: Pool, tenant: str, jail: str, jail_id: int | None) -> None:
@@ -145,9 +183,10 @@ def delete_build(pool: Pool, name: str) -> None:
 
 
 def list_volumes(pool: Pool) -> list[tuple[str, str]]:
-    """Tenant and jail of each volume there is, half-made ones too."""
+    """Tenant and jail of each volume there is, half-made ones too, but not of one that gets new inode numbers."""
     at = f"{pool.path}/volumes"
-    return [(tenant, jail) for tenant in sorted(os.listdir(at)) for jail in sorted(os.listdir(f"{at}/{tenant}"))]
+    found = [(tenant, jail) for tenant in sorted(os.listdir(at)) for jail in sorted(os.listdir(f"{at}/{tenant}"))]
+    return [(tenant, jail) for tenant, jail in found if not jail.startswith(".")]
 
 
 def list_builds(pool: Pool) -> list[str]:

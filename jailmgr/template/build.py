@@ -16,7 +16,7 @@ import msgspec
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.model import CreateFile, Recipe
-from jailmgr.template import busybox, debootstrap, tree
+from jailmgr.template import busybox, debootstrap, inits, tree
 from jailmgr.template.apt_sources import (
     Mirrors,
     choose_mirrors,
@@ -141,6 +141,7 @@ def build_image(
             work.carry_out(step)
         with tree.open_tree(target) as top:
             check_init(top, build)
+            recipe = inits.complete(build.recipe, build.unset, top)
             packages = read_packages(top)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -149,7 +150,7 @@ def build_image(
         raise from_os(f"build {build.source}", error, f"The whole log: {log_path}") from error
     finally:
         log.close()
-    return Built(build.recipe, build.create_files, packages, build.architecture)
+    return Built(recipe, build.create_files, packages, build.architecture)
 
 
 class _Work:

@@ -105,6 +105,8 @@ class Build(msgspec.Struct, frozen=True):
     sources: dict[str, str]
     key: str
     """Same key, same image: a hash of the inputs (not of the archive's state)."""
+    unset: list[str] = []
+    """Fields of `recipe` that the template leaves to the init (template/inits.py)."""
 
     @property
     def distribution(self) -> str:
@@ -212,6 +214,7 @@ def resolve(root: Root, source: str) -> Build:
         architecture=machine,
         packages=packages,
         recipe=recipe,
+        unset=[name for name in ("stop_signal", "notify") if name not in init],
         files=[*(file for file in body.files if file.path not in paths), *extra.files],
         run=[*body.run, *extra.run],
         remove=[*body.remove, *extra.remove],

@@ -59,6 +59,15 @@ def is_executable(top: int, path: str) -> bool:
     return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
+def resolve(top: int, path: str) -> str:
+    """The path that `path` leads to by links, all resolved inside the tree; only its end is the tree's. OSError."""
+    fd = kernel.openat2(top, path, os.O_PATH, _INSIDE)
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
 def write(top: int, path: str, content: bytes, mode: int) -> None:
     """Put a file in place in one piece, with the directories above it; whatever had its name is replaced."""
     parent, name = os.path.split(path)

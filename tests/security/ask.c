@@ -6,19 +6,38 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
+static int old;
 static long results[4096];
+
+/* In the lowest 2 GiB where the calls have 32-bit pointers. */
+static char *room(size_t size)
+{
+	static char *low;
+#ifdef MAP_32BIT
+	if (!old)
+		return calloc(1, size);
+	if (!low)
+		low = mmap(NULL, 1 << 24, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	low += (size + 15) / 16 * 16;
+	return low - (size + 15) / 16 * 16;
+#else
+	(void)low;
+	return calloc(1, size);
+#endif
+}
 
 static long argument(const char *word)
 {
 	if (!strncmp(word, "s:", 2))
-		return (long)strdup(word + 2);
+		return (long)strcpy(room(strlen(word)), word + 2);
 	if (!strncmp(word, "b:", 2))
-		return (long)calloc(1, strtoul(word + 2, NULL, 10) + 1);
+		return (long)room(strtoul(word + 2, NULL, 10) + 1);
 	if (!strncmp(word, "x:", 2)) {
 		size_t count = strlen(word + 2) / 2;
-		unsigned char *bytes = calloc(1, count + 1);
+		unsigned char *bytes = (unsigned char *)room(count + 1);
 		for (size_t at = 0; at < count; at++)
 			sscanf(word + 2 + 2 * at, "%2hhx", &bytes[at]);
 		return (long)bytes;
@@ -49,7 +68,7 @@ static long call32(const long *word)
 
 int main(int argc, char **argv)
 {
-	int old = argc > 1 && !strcmp(argv[1], "-3");
+	old = argc > 1 && !strcmp(argv[1], "-3");
 	char line[16384];
 	alarm(30);
 	for (int number = 0; number < 4096 && fgets(line, sizeof line, stdin); number++) {

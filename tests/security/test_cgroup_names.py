@@ -18,6 +18,9 @@ from tests.security.guest import Guest
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance
 
+OWN = re.compile(r"/(\.exec(-[0-9]+)?)?")
+"""Groups of the jail's own, and leaves for what is exec'd (runtime/cgroup_exec.py)."""
+
 
 def hierarchies() -> list[str]:
     """What mounts each v1 hierarchy of the host: its controllers, or its name (cgroups(7))."""
@@ -28,7 +31,7 @@ def hierarchies() -> list[str]:
 def outside(groups: str) -> list[str]:
     """Lines of a /proc/PID/cgroup that show more than the jail: a path above its root, or one with names in it."""
     paths = {line: line.split(":", 2)[2] for line in groups.splitlines()}
-    return [line for line, path in paths.items() if path not in ("/", "/.exec") or "/.." in path]
+    return [line for line, path in paths.items() if not OWN.fullmatch(path)]
 
 
 def mounted(jm: Instance, jail: str) -> dict[str, list[str]]:

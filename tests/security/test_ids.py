@@ -1,6 +1,6 @@
 """Walls: ids and files of the host.
 
-Mechanism: a user namespace with 65,536 ids of the jail's own (user_namespaces(7)), layers that are mounted with the
+Mechanism: a user namespace with 1,048,576 ids of the jail's own (user_namespaces(7)), layers that are mounted with the
 idmap of that namespace (mount_setattr(2)), and a mount namespace without any mount of the host (pivot_root(2)).
 """
 
@@ -12,7 +12,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from jailmgr.runtime.bundle import ID_SIZE
+from jailmgr.keys import IDS
 from tests.security.guest import OK, Guest, Result
 
 AT_FDCWD = -100
@@ -22,20 +22,20 @@ NS_GET_USERNS, NS_GET_PARENT = 0xB701, 0xB702
 
 
 def test_an_id_outside_of_the_range_can_not_be_taken(guest: Guest) -> None:
-    """Mechanism: the kernel maps each id by the jail's user namespace, which has 65,536."""
-    for id_ in (ID_SIZE, ID_SIZE + 1000, 0x7000_0000):
+    """Mechanism: the kernel maps each id by the jail's user namespace, which has 1,048,576."""
+    for id_ in (IDS, IDS + 1000, 0x7000_0000):
         assert guest.ask(("setresuid", id_, id_, id_), ("setresgid", id_, id_, id_), ("setfsuid", id_)) == [
             "EINVAL", "EINVAL", OK,
         ]  # fmt: skip
         groups = struct.pack("I", id_)
         assert guest.ask(("setgroups", 1, groups)) == ["EINVAL"]
-    assert guest.ask(("setresuid", 65535, 65535, 65535)) == [OK], "the last of its own"
+    assert guest.ask(("setresuid", IDS - 1, IDS - 1, IDS - 1)) == [OK], "the last of its own"
 
 
 def test_a_file_can_not_be_given_to_an_id_outside_of_the_range(guest: Guest) -> None:
     """Mechanism: as above, and on disk an owner is the id in the jail, by the layers' idmap."""
     guest.sh("rm -f /root/mine; echo x >/root/mine")
-    for id_ in (ID_SIZE, 0x7000_0000):
+    for id_ in (IDS, 0x7000_0000):
         assert guest.ask(("fchownat", AT_FDCWD, "/root/mine", id_, -1, 0)) == ["EINVAL"]
         assert guest.ask(("fchownat", AT_FDCWD, "/root/mine", -1, id_, 0)) == ["EINVAL"]
     guest.sh("chown 65534:65534 /root/mine")
@@ -47,7 +47,7 @@ def test_the_map_is_written_once(guest: Guest) -> None:
     """Mechanism: the kernel takes one map for each namespace; a nested one gets ids of the jail's only."""
     base = guest.sh("cat /proc/self/uid_map").split()[1]
     assert guest.sh("echo '0 0 1' 2>/dev/null >/proc/self/uid_map || echo refused") == "refused\n"
-    for line in ("0 0 4294967295", f"0 {base} 1", f"0 {ID_SIZE} 1"):
+    for line in ("0 0 4294967295", f"0 {base} 1", f"0 {IDS} 1"):
         script = f"unshare -U sh -c 'echo $$; read x' & sleep 0.2; echo '{line}' >/proc/$!/uid_map || echo refused"
         assert guest.sh(f"({script}) 2>/dev/null </dev/null").splitlines()[-1] == "refused", line
 

@@ -8,6 +8,9 @@ The masks over /proc and /sys are no wall: the guest's root can unmount them whe
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,7 @@ OWN_KERNEL = {
 """Of /proc/sys/kernel: uts, ipc, and (ns_last_pid, since 6.14 pid_max) pid namespaces."""
 ANYBODYS = "/proc/pressure/"
 """Mode 0666 (psi.rst): what bounds its triggers is read-only mounts and AppArmor, not an owner."""
+VICTIM = "nameserver 192.0.2.53\n"
 HARMLESS_TYPES = {
     "sysfs", "tmpfs", "proc", "cgroup2", "cgroup", "ramfs", "devpts", "mqueue", "overlay", "fuse", "fuseblk", "bpf",
     "binder", "nfsd", "rpc_pipefs", "virtiofs", "autofs", "binfmt_misc", "cpuset",
@@ -145,3 +149,33 @@ def test_links_in_place_of_the_systems_folders(jm: Instance, busybox_jail: MakeJ
     assert not {name for name in new if name in ("null", "pts", "host", "shm")}
     if started.status == 0:
         jm.sh(jail, f"test ! -e {jm.root.at}/lib")
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A file of the host which any uid may write to, alone in a directory which any uid may write to."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="jmt-") as place:
+        victim = Path(place, "resolv.conf")
+        victim.write_text(VICTIM)
+        victim.chmod(0o666)
+        os.chmod(place, 0o777)
+        yield victim
+
+
+@pytest.mark.parametrize("link", ["etc", "etc/resolv.conf", "etc/.resolv.conf.jailmgr"])
+def test_links_at_resolv_conf(jm: Instance, busybox_jail: MakeJail, open_to_all: Path, link: str) -> None:
+    """A tree whose resolv.conf, or the file that replaces it, leads to the host's. Mechanism: as above, and O_EXCL.
+
+    If the host's file were read, it would count as the guest's own, and resolvconf would get nothing.
+    """
+    jail = busybox_jail()
+    jm("stop", "--force", jail)
+    upper = Path(f"{jm.root.volume('default', jail)}/upper")
+    (upper / "etc/resolv.conf").unlink()
+    if link == "etc":
+        shutil.rmtree(upper / link)
+    (upper / link).symlink_to(open_to_all.parent if link == "etc" else open_to_all)
+    jm("start", jail)
+    assert os.listdir(open_to_all.parent) == ["resolv.conf"]
+    assert open_to_all.read_text() == VICTIM
+    assert "nameserver 10." in jm.sh(jail, "cat /run/resolvconf/interface/jailmgr").out

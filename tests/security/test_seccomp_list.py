@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import platform
 import socket
+import struct
+from collections.abc import Callable
 from errno import errorcode
+from pathlib import Path
 
 import pytest
 
 from jailmgr.runtime import seccomp
 from tests.security.guest import OK, Guest, exists
+from tests.system.instance import Instance
 
 CLONE_NEWUSER = 0x10000000
 PR_SET_SECCOMP, PR_GET_SECCOMP = 22, 21
@@ -81,6 +85,27 @@ def test_32_bit_calls_are_denied_alike(guest: Guest) -> None:
     """By asm/unistd_32.h: init_module, kexec_load, bpf, perf_event_open, open_by_handle_at, syslog; then sockets."""
     assert guest.ask(*[(number, 0, 0, 0) for number in (128, 283, 357, 336, 342, 103)], old=True) == ["EPERM"] * 6
     assert guest.ask((102, 1, 0), (359, 40, 1), (64,), old=True) == ["EAFNOSUPPORT", "EAFNOSUPPORT", OK]
+
+
+@x86_64
+def test_32_bit_programs_have_sockets_by_a_key_of_roots(new_instance: Callable[[], Instance], tmp_path: Path) -> None:
+    """socketcall(2) of socket, with its arguments in memory; all other calls are refused as before."""
+    guest = Guest(new_instance(), "a", tmp_path)
+    guest.jm("launch", "busybox", "a")
+
+    def asked() -> list[str]:
+        families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+        calls = [(102, 1, struct.pack("=III", family, socket.SOCK_DGRAM, 0)) for family in families]
+        return guest.ask(*calls, old=True)
+
+    assert asked() == ["EAFNOSUPPORT"] * 3
+    guest.jm("set", "a", "security.syscalls.allow_socketcall=true")
+    guest.jm("restart", "--force", "a")
+    assert asked() == [OK] * 3
+    assert guest.ask((128, 0, 0, 0), (283, 0, 0, 0), (357, 0, 0, 0), (103, 0, 0, 0), old=True) == ["EPERM"] * 4
+    assert guest.ask(("socket", 40, 1, 0), ("socket", 38, 5, 0), ("bpf", 0, 0, 0)) == [
+        "EAFNOSUPPORT", "EAFNOSUPPORT", "EPERM",
+    ]  # fmt: skip
 
 
 @x86_64

@@ -8,12 +8,15 @@ import grp
 import os
 import pwd
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from jailmgr.keys import IDS, IDS_MAX
 from jailmgr.runtime import doorkeeper, protocol
+from jailmgr.tenant_keys import IDS_OF_USERS
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, Result, until
 from tests.system.users import ALICE, BOB, GROUP, alices_tenant, as_user, ask, connected, run_as, session
@@ -58,6 +61,17 @@ def test_a_user_manages_the_jails_of_the_tenant(jm: Instance, tenant: str) -> No
     alice("delete", "--force", "mine")
 
 
+def test_the_hosts_ids_are_not_all_theirs(jm: Instance, tenant: str) -> None:
+    """Mechanism: admission counts the ids of a tenant's jails; without `limits.ids` a user's tenant has a ninth."""
+    for argv in (
+        ("launch", "busybox", f"{tenant}/all", "-c", f"security.idmap.size={IDS_MAX}"),
+        ("set", f"{tenant}/web", f"security.idmap.size={IDS_OF_USERS + 1}"),
+    ):
+        refused = run_as(jm, ALICE, *argv, status=1)
+        assert f"limits.ids is {IDS_OF_USERS}: {IDS} are used" in refused.err
+    assert run_as(jm, ALICE, "tenant", "set", tenant, "limits.ids=4294967295", status=None).status in (1, 2)
+
+
 def test_nothing_of_another_tenant_is_there(jm: Instance, tenant: str, busybox_jail: MakeJail) -> None:
     """Refused in the words that a tenant gets which is not there at all."""
     other = busybox_jail("-p", "18081:80")
@@ -82,6 +96,45 @@ def test_nothing_of_another_tenant_is_there(jm: Instance, tenant: str, busybox_j
     assert jm.status(other) == "Running"
 
 
+def test_devices_of_the_host_are_roots_alone(jm: Instance, tenant: str) -> None:
+    """Add, change and remove them: neither a block device nor another. What root has given a jail, its user may use."""
+    web, keys = f"{tenant}/web", ("source=/dev/loop-control", "path=/dev/knob")
+
+    def refused(name: str, kind: str, *argv: str) -> None:
+        said = run_as(jm, ALICE, *argv, status=1)
+        why = f"Error: device {name}: only root may add, change or remove a {kind} device\n"
+        assert said.err == f"{why}Hint: Ask who looks after this host.\n"
+
+    disk = next(f"source=/dev/{name}" for name in os.listdir("/dev") if stat.S_ISBLK(os.stat(f"/dev/{name}").st_mode))
+    refused("d", "unix-block", "device", "add", web, "d", "unix-block", disk, "path=/dev/d")
+    refused("d", "unix-block", "device", "add", web, "d", "unix-block", "path=/dev/d", "major=7", "minor=0")
+    refused("c", "unix-char", "device", "add", web, "c", "unix-char", *keys)
+    refused("c", "unix-char", "device", "add", web, "c", "unix-char", "source=/dev/none", "path=/dev/x")
+    refused("c", "unix-char", "device", "add", web, "c", "unix-char", "source=/etc/shadow", "path=/dev/x")
+    jm("device", "add", web, "knob", "unix-char", *keys)
+    refused("knob", "unix-char", "device", "set", web, "knob", "mode=0666")
+    refused("knob", "unix-char", "device", "set", web, "knob", "source=/dev/kmsg")
+    refused("knob", "unix-char", "device", "remove", web, "knob")
+    assert jm.json("device", "list", web)["knob"] == {"type": "unix-char", **dict(key.split("=") for key in keys)}
+    made: dict[str, Any] = {"source": {"type": "template", "alias": "busybox"}, "name": "mine"}
+    for start in (False, True):
+        body = made | {
+            "start": start,
+            "devices": {"c": {"type": "unix-char", "path": "/dev/x", "major": "1", "minor": "1"}},
+        }
+        with connected(jm, ALICE) as sock:
+            answer = ask(sock, "POST", f"/1.0/instances?project={tenant}", body)
+        assert (answer["error_code"], answer["metadata"]["code"]) == (403, "denied"), answer
+    key = "security.syscalls.allow_socketcall"
+    denied = f"Error: key {key}: only root may set or unset it\n"
+    assert run_as(jm, ALICE, "set", web, f"{key}=true", status=1).err.startswith(denied)
+    jm("set", web, f"{key}=false")
+    assert run_as(jm, ALICE, "unset", web, key, status=1).err.startswith(denied)
+    run_as(jm, ALICE, "set", web, "limits.memory=64MiB")
+    run_as(jm, ALICE, "restart", "--force", web)
+    assert run_as(jm, ALICE, "exec", web, "--", "stat", "-c", "%a %t:%T", "/dev/knob").out == "660 a:ed\n"
+
+
 def test_what_is_roots_alone(jm: Instance, tenant: str) -> None:
     web = f"{tenant}/web"
     for argv in (
@@ -101,11 +154,13 @@ def test_what_is_roots_alone(jm: Instance, tenant: str) -> None:
             ("PATCH", f"/1.0/projects/{tenant}"),
         ):
             assert ask(sock, method, path, {})["error_code"] == 403
-        for device in ({"type": "disk", "source": "/etc", "path": "/mnt"}, {"type": "unix-char", "source": "/dev/mem"}):
-            assert (
-                ask(sock, "PATCH", f"/1.0/instances/web?project={tenant}", {"devices": {"x": device}})["error_code"]
-                == 400
-            )
+        for device, status in (
+            ({"type": "disk", "source": "/etc", "path": "/mnt"}, 400),
+            ({"type": "unix-char", "source": "/dev/mem"}, 403),
+            ({"type": "unix-block", "source": "/dev/vda"}, 403),
+        ):
+            body = {"devices": {"x": device}}
+            assert ask(sock, "PATCH", f"/1.0/instances/web?project={tenant}", body)["error_code"] == status
         other = {"tenant": "default", "jail": "web", "host_port": 18083, "port": 80}
         assert ask(sock, "POST", f"/1.0/ports?project={tenant}", other)["error_code"] == 404
     assert jm.json("tenant", "show", tenant)["config"] == {"users": ALICE, "limits.instances": "3"}

@@ -66,7 +66,9 @@ def _cgroups(root: Root) -> Iterator[str]:
         mounts = [line.split()[4] for line in file if line.split(" - ")[1].split()[0] in ("cgroup", "cgroup2")]
     for mount in mounts:
         for directory, _, _ in os.walk(f"{mount}/{relative(root.cgroup)}"):
-            yield f"cgroup {directory}"
+            # A leaf for a second command stays as long as its jail (runtime/cgroup_exec.py).
+            if "/payload/.exec-" not in directory:
+                yield f"cgroup {directory}"
 
 
 def _loops(root: Root) -> Iterator[str]:
@@ -108,14 +110,15 @@ def _read(path: str) -> bytes:
 
 
 def _files(root: Root) -> Iterator[str]:
-    """Paths below lib and run: of images and caches nothing, of a volume or a build only its top directory.
+    """Paths below lib and run: of images, seeds and caches nothing, of a volume or a build only its top directory.
 
     Nor what `reap` notes: a deleted volume's quota group goes once btrfs has freed its extents, at a later delete.
     A pool that is a directory is looked at where it is mounted.
     """
     for top in (root.lib, root.run):
         for directory, directories, files in os.walk(top):
-            if directory in (root.cache, f"{root.pool}/images", f"{root.pool}/reap", root.pool_tree, root.lxcfs):
+            apart = {f"{root.pool}/{name}" for name in ("images", "seeds", "reap")}
+            if directory in {root.cache, root.pool_tree, root.lxcfs, *apart}:
                 directories.clear()
                 continue
             yield f"file {directory}"

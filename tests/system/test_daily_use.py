@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from jailmgr.runtime import attach
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, instance_at, until
+from tests.system.test_supervision import set_init
 
 EMPTY = ("list", "list -A", "port list", "tenant list", "tenant usage", "image list", "stop --all")
 UNKNOWN = (
@@ -95,6 +97,38 @@ def test_a_stop_that_ends_in_a_kill_is_reported(jm: Instance, busybox_jail: Make
     jm("start", name)
     jm("stop", name, "--force")
     assert jm.info(name)["last_ended"]["timed_out"] is False
+
+
+LATE = "sleep 2; trap 'exit 0' USR2; while :; do sleep 0.1; done"
+"""An init that installs its handler late."""
+
+
+def test_a_stop_waits_for_inits_handler(jm: Instance, busybox_jail: MakeJail) -> None:
+    """The kernel drops a signal that init has no handler for, and an init that has just begun has none."""
+    name = busybox_jail()
+    set_init(jm, name, LATE)
+    jm("start", name)
+    assert "killed_after" not in jm.json("stop", name, "--timeout", "20")[0]
+    ended = jm.info(name)["last_ended"]
+    assert (ended["by"], ended["timed_out"], ended["status"]) == ("admin", False, 0)
+
+
+def test_a_stop_that_waits_outlives_an_upgrade(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail()
+    set_init(jm, name, LATE)
+    jm("start", name)
+    with attach.connect(jm.root, "default", start=False) as supervisor:
+        supervisor.tell("stop", jail=name, timeout=20)
+        supervisor.ask("reexec", argv=attach.successor(jm.root, "default"))
+        ended = supervisor.hear().body["last"]
+    assert (ended["by"], ended["timed_out"], ended["status"]) == ("admin", False, 0)
+
+
+def test_an_init_without_a_handler_is_killed_in_time(jm: Instance, busybox_jail: MakeJail) -> None:
+    name = busybox_jail()
+    set_init(jm, name, "while :; do sleep 1; done")
+    jm("start", name)
+    assert jm.json("stop", name, "--timeout", "1")[0]["killed_after"] == 1
 
 
 def test_no_rate_of_cpus_before_the_second_look(jm: Instance, busybox_jail: MakeJail) -> None:

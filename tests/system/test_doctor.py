@@ -21,10 +21,10 @@ CHECKS = {
     "root", "kernel", "system calls", "namespace user", "namespace time", "idmapped mounts", "seccomp", "overlay",
     "btrfs", "loop", "veth", "bridge", "traffic control", "simple quotas", "cgroup v2", "cgroup memory", "cgroup cpu",
     "cgroup pids", "cgroup io", "cgroup devices", "cgroup freezer", "nftables", "protocols", "firewall forward",
-    "firewall input", "connection limits", "bridge netfilter", "mkfs.btrfs", "dnsmasq", "debootstrap", "busybox",
-    "lxcfs", "fuse", "libnftables", "libseccomp", "AppArmor", "fs.inotify.max_user_instances", "kernel.keys.maxkeys",
-    "kernel.pty.max", "pressure", "terminals", "processes", "keys", "id ranges", "resolver", "disk", "store",
-    "leftovers",
+    "firewall input", "connection limits", "connection flows", "bridge netfilter", "mkfs.btrfs", "dnsmasq",
+    "debootstrap", "busybox", "lxcfs", "fuse", "libnftables", "libseccomp", "AppArmor",
+    "fs.inotify.max_user_instances", "kernel.keys.maxkeys", "kernel.pty.max", "pressure", "terminals", "processes",
+    "keys", "id ranges", "resolver", "disk", "store", "leftovers", "inode numbers",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import termios
 
 import pytest
 
+from jailmgr.keys import IDS
 from tests.system.conftest import MakeJail
 from tests.system.instance import COMMAND, Instance, Terminal, terminal
 
@@ -71,7 +72,7 @@ def test_user_directory_environment(jm: Instance, jail: str) -> None:
 def test_root_is_root_of_the_jail_only(jm: Instance, jail: str) -> None:
     assert jm.exec(jail, "id", "-u").out == "0\n"
     base, mapped, count = jm.exec(jail, "cat", "/proc/self/uid_map").out.split()
-    assert (base, count) == ("0", "65536")
+    assert (base, count) == ("0", str(IDS))
     assert int(mapped) >= 0x70000000
 
 

@@ -63,7 +63,7 @@ def unharmed(instance: Instance, jail: str, before: dict[str, Any]) -> None:
     """It runs on as it was: the same init, address, limits and files, and its network is whole."""
     assert alive(before["init_pid"])
     now = instance.info(jail)
-    for field in ("init_pid", "ipv4", "ipv6", "limits", "config", "devices", "idmap", "created_at", "source"):
+    for field in ("init_pid", "ipv4", "ipv6", "limits", "config", "devices", "idmap", "uuid", "created_at", "source"):
         assert now[field] == before[field], field
     assert instance.sh(jail, "cat /root/note").out == f"{jail} is kept\n"
     instance.sh(jail, PING)

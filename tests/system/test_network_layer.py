@@ -147,25 +147,45 @@ def test_a_port_at_ipv6s_loopback_is_refused_in_words(lan: Lan) -> None:
         lan.host.run(firewall.port_is_free, "::1", 8080, "tcp")
 
 
+@pytest.fixture(params=["0", "1"], ids=["routed", "bridged"])
+def bridged(lan: Lan, version: str, request: pytest.FixtureRequest) -> Iterator[bool]:
+    """br_netfilter is off, or on: packets between jails then pass the rules within the bridge."""
+    switch = Path(f"/proc/sys/net/bridge/bridge-nf-call-{'iptables' if version == 'ipv4' else 'ip6tables'}")
+    before = lan.host.run(switch.read_text)
+    lan.host.run(switch.write_text, request.param)
+    yield request.param == "1"
+    lan.host.run(switch.write_text, before)
+
+
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-def test_a_jail_reaches_its_own_published_port(lan: Lan, version: str, protocol: str) -> None:
-    """Where br_netfilter is off: with it, the bridge would have to send a frame back by the port it came from."""
+def test_a_jail_reaches_its_own_published_port(lan: Lan, version: str, protocol: str, bridged: bool) -> None:
     host = HOST4 if version == "ipv4" else HOST6
-    name = "iptables" if version == "ipv4" else "ip6tables"
-    switch = Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}")
-    there = switch.exists()
-    if there:
-        lan.host.run(switch.write_text, "0")
-    try:
-        with (
-            server(lan.a.netns, address(lan.a, version), 80, protocol),
-            lan.published(lan.a, port_of(lan.a, protocol)),
-        ):
-            assert ask(lan.a.netns, host, 8080, protocol) == gateway(lan.first, version)
-            assert ask(lan.b.netns, host, 8080, protocol) == gateway(lan.first, version)
-    finally:
-        if there:
-            lan.host.run(switch.write_text, "1")
+    with (
+        server(lan.a.netns, address(lan.a, version), 80, protocol),
+        lan.published(lan.a, port_of(lan.a, protocol)),
+    ):
+        for asked in (host, gateway(lan.first, version)):
+            assert ask(lan.a.netns, asked, 8080, protocol) == gateway(lan.first, version)
+        seen = address(lan.b, version) if bridged else gateway(lan.first, version)
+        assert ask(lan.b.netns, host, 8080, protocol) == seen
+
+
+def test_a_jail_does_not_hear_itself(lan: Lan) -> None:
+    """Its port hands frames back, but no broadcast or multicast: duplicate address detection would find itself."""
+    marker = ethernet(lan.a.nic.mac, lan.a.nic.mac, world.ETH_P_IP, world.udp4(lan.a.nic.ipv4, lan.a.nic.ipv4, b"last"))
+    with world.frames(lan.a.netns) as jail, world.frames(lan.b.netns) as neighbour:
+        for group in ("ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "01:00:5e:00:00:fb"):
+            frame = ethernet(group, lan.a.nic.mac, world.ETH_P_IP, world.udp4(lan.a.nic.ipv4, "224.0.0.251", b"to all"))
+            jail.send(frame)
+            while neighbour.recv(2000) != frame:
+                pass
+        jail.send(marker)
+        back: list[bytes] = []
+        while marker not in back:
+            got, where = jail.recvfrom(2000)
+            if where[2] != socket.PACKET_OUTGOING:
+                back.append(got)
+        assert not [got for got in back if b"to all" in got]
 
 
 def test_a_published_port_is_the_hosts_and_nobody_elses(lan: Lan, version: str) -> None:

@@ -84,7 +84,7 @@ def test_a_bridge_is_put_right(lan: Lan) -> None:
 def test_a_bridge_and_ports_of_an_older_release_are_closed(lan: Lan) -> None:
     name, veth = bridge.bridge_name(lan.root, lan.first.id), lan.a.nic.veth
     lan.host.ip(f"link set {name} type bridge no_linklocal_learn 0")
-    lan.host.ip(f"link set {veth} type bridge_slave learning on flood on", f"link set {veth} arp on")
+    lan.host.ip(f"link set {veth} type bridge_slave learning on flood on hairpin off", f"link set {veth} arp on")
     lan.host.run(world.checked, ["bridge", "fdb", "del", lan.a.nic.mac, "dev", veth, "master"])
     for _ in range(2):
         lan.host.run(bridge.ensure_network, lan.root, lan.first, bridge.tenant_group(1))
@@ -93,6 +93,7 @@ def test_a_bridge_and_ports_of_an_older_release_are_closed(lan: Lan) -> None:
         assert "no_linklocal_learn 1" in said
         assert f"group {bridge.tenant_group(1)}" in said
         said = lan.host.run(world.checked, ["ip", "-details", "link", "show", veth])
+        assert "hairpin on" in said
         assert "learning off flood off" in said
         assert "NOARP,UP" in said
         said = lan.host.run(world.checked, ["bridge", "fdb", "show", "brport", veth])

@@ -136,13 +136,23 @@ def reaped(pool: Pool) -> bool:
 
 
 def counted(pool: Pool) -> set[tuple[int, int]]:
-    """Level and number of what is counted in the pool by itself; a jail's are 1 and its id."""
+    """Level and number of what is counted in the pool by itself, but seeds; a jail's are 1 and its id."""
     if pool.mode == "project":
         first = pool.first_project
         with btrfs.directory(pool.path) as top:
             return {(1, found.project - first) for found in project_quota.uses(top, first + 1, first + (1 << 24))}
     names = (name for name in os.listdir(f"/sys/fs/btrfs/{pool.uuid}/qgroups") if name[0].isdigit())
-    return {(int(level), int(number)) for level, _, number in (name.partition("_") for name in names)} - {(0, 5)}
+    found = {(int(level), int(number)) for level, _, number in (name.partition("_") for name in names)}
+    return found - {(0, 5), *((0, number) for number in made_ahead(pool))}
+
+
+def made_ahead(pool: Pool) -> list[int]:
+    """Ids of the subvolumes that volumes are made from."""
+    found = []
+    for name in os.listdir(f"{pool.path}/seeds"):
+        with btrfs.directory(f"{pool.path}/seeds/{name}") as seed:
+            found.append(btrfs.subvolume_id(seed))
+    return found
 
 
 def fill(path: str, most: int) -> tuple[int, int]:

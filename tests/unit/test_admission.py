@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jailmgr.config import find_root
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import check_value
-from jailmgr.keys import Devices, fold
+from jailmgr.keys import IDS, IDS_MAX, Devices, fold
 from jailmgr.manager.admission import (
     admit,
     admit_network,
@@ -32,9 +32,10 @@ from jailmgr.model import Image, Jail, Network, Recipe
 from jailmgr.storage.kind import Pool
 from jailmgr.template.apt_sources import Mirrors
 from jailmgr.template.recipe import Build
-from jailmgr.tenant_keys import TENANT, check_tenant_config, parse_list, parse_ports
+from jailmgr.tenant_keys import IDS_OF_USERS, TENANT, check_tenant_config, parse_list, parse_ports
 
 MIB = 1 << 20
+SIZE = "security.idmap.size"
 Make = Callable[..., Jail]
 
 
@@ -101,6 +102,32 @@ def test_a_count_is_told_with_what_is_used_and_what_was_asked(m: Manager) -> Non
     assert (error.what, error.code) == ("tenant acme", "full")
     assert error.why == "limits.instances is 2: 2 are used, 1 more was asked for"
     assert [row.jail.name for row in m.store.rows("acme")] == ["a", "b"]
+
+
+def test_ids_are_counted_with_the_default_of_each_jail(m: Manager) -> None:
+    tenant(m, limits_ids=str(2 * IDS), limits_overcommit="true")
+    jail = take(m, "a")
+    take(m, "b", {SIZE: str(IDS - 1)})
+    error = refusal(lambda: take(m, "c", {SIZE: "65536"}))
+    assert error.why == f"limits.ids is {2 * IDS}: {2 * IDS - 1} are used, 65536 more were asked for"
+    change(m, jail, {SIZE: str(IDS - 65536)})
+    take(m, "c", {SIZE: "65536"})
+    assert allocated(m, "acme").ids == 2 * IDS - 1
+
+
+@pytest.mark.parametrize("who", ["users", "groups"])
+def test_users_of_a_tenant_can_not_take_all_ids_of_the_host(m: Manager, who: str) -> None:
+    """By one jail or by many, and by a larger size for one that is there; root gives more by `limits.ids`."""
+    tenant(m, **{who: "alice"})
+    tenant(m, "free")
+    most = take(m, "most", {SIZE: str(IDS_OF_USERS - IDS)})
+    take(m, "one")
+    error = refusal(lambda: take(m, "more"))
+    assert error.why == f"limits.ids is {IDS_OF_USERS}: {IDS_OF_USERS} are used, {IDS} more were asked for"
+    assert refusal(lambda: change(m, most, {SIZE: str(IDS_MAX)})).code == "full"
+    m.store.set_tenant_config("acme", {who: "alice", "limits.ids": str(0xFFFFFFFF)})
+    take(m, "more")
+    take(m, "all", {SIZE: str(IDS_MAX)}, "free")
 
 
 @pytest.mark.parametrize(

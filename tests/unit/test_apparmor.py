@@ -14,7 +14,7 @@ from jailmgr.manager import apparmor as loading
 from jailmgr.runtime import apparmor
 from jailmgr.runtime.bundle import Plan, compile_bundle, read_bundle
 
-PLAN = Plan("t", "j", "j", 1000, 100000, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
+PLAN = Plan("t", "j", "j", 1000, 100000, 65536, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
 
 PARSER = """#!/bin/sh
 [ "$1" = --replace ] || exit 2

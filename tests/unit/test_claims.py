@@ -8,13 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from jailmgr import claims
 from jailmgr.config import Root, find_root
 from jailmgr.errors import JailmgrError
+from jailmgr.keys import IDS, IDS_MAX
+from jailmgr.tenant_keys import IDS_OF_USERS
 
-FIRST_RANGE = claims.FIRST_ID + claims.RANGE
+FIRST_RANGE = claims.REGIONS[0][0]
 MakeRoot = Callable[[str], Root]
 
 
@@ -97,10 +100,83 @@ def test_the_wanted_range_of_a_stored_jail(make_root: MakeRoot) -> None:
 
 
 def test_ranges_run_out_in_words(make_root: MakeRoot) -> None:
-    size = claims.LAST_ID - FIRST_RANGE
     root = make_root("one")
-    claims.claim_idmap(root, "all", None, size)
-    assert code_of(claims.claim_idmap, root, "more") == "full"
+    for first, end in claims.REGIONS:
+        assert claims.claim_idmap(root, f"all of {first}", None, end - first) == first
+    with pytest.raises(JailmgrError) as caught:
+        claims.claim_idmap(root, "more")
+    assert (caught.value.code, caught.value.hint) == ("full", "Delete jails.")
+    claims.release(root, "idmap", f"all of {FIRST_RANGE}")
+    claims.claim_idmap(root, "most", None, claims.REGIONS[0][1] - FIRST_RANGE - 3 * claims.RANGE)
+    with pytest.raises(JailmgrError) as caught:
+        claims.claim_idmap(root, "default", None, IDS)
+    assert caught.value.why == f"no range of {IDS} ids is free on this host"
+    assert "security.idmap.size=196608 or less" in caught.value.hint
+    claims.claim_idmap(root, "smaller", None, 196608)
+
+
+def test_thousands_of_jails_have_the_default_number_of_ids() -> None:
+    """The figures of docs/architecture.md, "Ids"."""
+    assert claims.count_ranges(IDS) == 255 + 2047
+    assert claims.count_ranges(claims.RANGE) == 4092 + 32767
+    assert max(end - first for first, end in claims.REGIONS) == IDS_MAX
+    assert IDS_OF_USERS == 256 * IDS
+
+
+def test_ids_that_mean_something_else_are_in_no_range() -> None:
+    for reserved in (65534, 524288, 0x6FFFFFFF, claims.FIRST_ID + 1, 0x7FFE0000, 0x7FFFFFFF, 0xFFFFFFFE, 0xFFFFFFFF):
+        assert not any(first <= reserved < end for first, end in claims.REGIONS), reserved
+
+
+def test_a_range_grows_in_its_place_or_moves(make_root: MakeRoot) -> None:
+    root = make_root("one")
+    first, second = claims.claim_idmap(root, "1"), claims.claim_idmap(root, "2")
+    assert code_of(claims.claim_idmap, root, "1", first, 2 * claims.RANGE) == "conflict"
+    moved = claims.claim_idmap(root, "1", None, 2 * claims.RANGE)
+    assert moved == second + claims.RANGE
+    assert claims.claim_idmap(root, "2", second, claims.RANGE) == second
+    assert claims.claim_idmap(root, "1", moved, IDS) == moved
+    assert claims.claim_idmap(root, "1", moved, claims.RANGE) == moved
+    assert claims.claim_idmap(root, "3", None, 2 * claims.RANGE) == moved + claims.RANGE
+
+
+def test_a_range_of_an_odd_size_ends_where_it_says(make_root: MakeRoot) -> None:
+    root = make_root("one")
+    first = claims.claim_idmap(root, "odd", None, claims.RANGE + 1)
+    assert claims.claim_idmap(root, "next") == first + 2 * claims.RANGE
+
+
+def test_both_releases_read_the_claims_of_the_other(make_root: MakeRoot, tmp_path: Path) -> None:
+    """0.1.0 kept `[first, size]`, each of 65536, and passes over ranges that lie where it has none."""
+    one = make_root("one")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "two").mkdir()
+    old = {"at": str(tmp_path / "two"), "mark": "abcde", "idmap": {"jail/1": [FIRST_RANGE, 65536]}}
+    Path(claims.DIRECTORY, "claims").write_bytes(msgspec.json.encode({str(old["at"]): old}))
+    first = claims.claim_idmap(one, "1", None, IDS)
+    assert first == FIRST_RANGE + 65536
+    claims.claim_idmap(one, "2", None, claims.REGIONS[1][1] - claims.REGIONS[1][0])
+    read = msgspec.json.decode(Path(claims.DIRECTORY, "claims").read_bytes(), type=dict[str, HeldBefore])
+    assert read[one.at].idmap["1"] == (first, IDS)
+    assert read[str(old["at"])].idmap == {"jail/1": (FIRST_RANGE, 65536)}
+    taken = sorted(span for held in read.values() for span in held.idmap.values())
+    lowest = FIRST_RANGE
+    for start, count in taken:
+        if lowest + 65536 <= start:
+            break
+        lowest = max(lowest, start + count)
+    assert lowest == first + IDS, "as 0.1.0 looked for a free range"
+
+
+class HeldBefore(msgspec.Struct, forbid_unknown_fields=True):
+    """As 0.1.0 had it."""
+
+    at: str = ""
+    mark: str = ""
+    idmap: dict[str, tuple[int, int]] = {}
+    uid: dict[str, int] = {}
+    subnet: dict[str, str] = {}
+    port: dict[str, tuple[str, int, str, int]] = {}
 
 
 def test_uids_of_tenants_are_outside_of_all_ranges(make_root: MakeRoot) -> None:
@@ -199,6 +275,19 @@ def test_claims_that_were_lost_are_made_again(make_root: MakeRoot, monkeypatch: 
         assert code_of(claims.claim_idmap, two, "3", FIRST_RANGE) == "conflict"
         claims.release_all(one)
         claims.release_all(two)
+
+
+def test_parts_of_a_lost_range_are_not_in_the_way_of_its_jail(
+    monkeypatch: pytest.MonkeyPatch, make_root: MakeRoot
+) -> None:
+    """A jail's own user namespaces, such as podman's, map a part of its range each; a neighbour's is not given away."""
+    one, two = make_root("one"), make_root("two")
+    neighbour = (FIRST_RANGE + IDS, claims.RANGE)
+    lost = [(FIRST_RANGE, IDS), (FIRST_RANGE + 100_000, 65536), (FIRST_RANGE + 1000, 1), neighbour]
+    monkeypatch.setattr(claims, "_in_use", lambda: iter(lost))
+    assert claims.claim_idmap(two, "1", None, IDS) == FIRST_RANGE + IDS + claims.RANGE
+    assert claims.claim_idmap(one, "1", FIRST_RANGE, IDS, IDS) == FIRST_RANGE
+    assert code_of(claims.claim_idmap, one, "1", FIRST_RANGE, IDS + claims.RANGE, IDS) == "conflict"
 
 
 def test_lost_claims_of_others_are_not_in_the_hosts_own_way(

@@ -221,13 +221,14 @@ def test_launch_reports_progress_and_result(client: Client, fake: Callable[..., 
     assert (end["status"], end["status_code"], end["err"]) == ("Success", 200, "")
     assert end["metadata"]["result"] == {"name": "web", "tenant": "acme"}
     wanted: tuple[Any, ...] = ("acme", "web", "debian", {"limits.cpu": "2"}, {})
-    assert check.calls == [(wanted, {})]
+    assert check.calls == [(wanted, {"root": True})]
     assert spy.calls[0][0] == wanted
+    assert spy.calls[0][1]["root"] is True
     assert spy.calls[0][1]["wait"] is False
 
 
 def test_what_can_be_refused_at_once_begins_no_operation(client: Client, fake: Callable[..., Spy]) -> None:
-    def taken(*_: Any) -> None:
+    def taken(*_: Any, **__: Any) -> None:
         raise JailmgrError("jail web", "the name is taken", "Choose another.", "exists")
 
     fake("create.check_new", does=taken)
@@ -451,7 +452,7 @@ def test_patch_tells_what_needs_a_restart(client: Client, fake: Callable[..., Sp
     spy = fake("configure.configure", ["limits.cpu"])
     body = {"config": {"limits.cpu": "2", "user.x": None}, "devices": {"port-80-tcp": None, "root": {"size": None}}}
     assert client("PATCH", "/1.0/instances/web?project=acme", body).metadata == {"restart_needed": ["limits.cpu"]}
-    assert spy.calls == [(("acme", "web", body["config"], body["devices"]), {})]
+    assert spy.calls == [(("acme", "web", body["config"], body["devices"]), {"root": True})]
 
 
 def test_internal_errors_are_told_without_their_text(
@@ -571,7 +572,7 @@ def test_image_references_may_have_slashes(client: Client, fake: Callable[..., S
 
 def test_requests_are_answered_side_by_side(client: Client, fake: Callable[..., Spy]) -> None:
     go_on = threading.Event()
-    fake("configure.configure", does=lambda *_: [str(go_on.wait(20))])
+    fake("configure.configure", does=lambda *_, **__: [str(go_on.wait(20))])
     fake("images.list_templates", [])
     with ThreadPoolExecutor(1) as other:
         blocked = other.submit(client, "PATCH", "/1.0/instances/web", {})

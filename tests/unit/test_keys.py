@@ -33,9 +33,19 @@ from jailmgr.units import parse_rate
         ("limits.disk", "5GiB"),
         ("boot.autostart", "true"),
         ("restart", "on-failure"),
+        ("security.idmap.isolated", "true"),
+        ("security.idmap.size", "65536"),
+        ("security.idmap.size", "200001"),
+        ("security.idmap.size", "2147418112"),
         ("environment.LANG", "C.UTF-8"),
         ("environment.EMPTY", ""),
         ("user.owner", "anna, büro 3"),
+        ("systemd.credential.passwd.hashed-password.root", "$y$j9T$"),
+        ("systemd.credential.systemd.unit-dropin.dev-disk\\x2da.mount~50-x", "[Unit]\n"),
+        ("systemd.credential-binary.foo", "YmF6"),
+        ("systemd.credential-binary.foo", "YmF6YQ"),
+        ("systemd.credential-binary.foo", "YmF6=========\n"),
+        ("systemd.credential-binary.foo", ""),
     ],
 )
 def test_good_values(key: str, value: str) -> None:
@@ -47,6 +57,12 @@ def test_good_values(key: str, value: str) -> None:
     [
         ("limits.memory", "0"),
         ("limits.memory", "-5MiB"),
+        ("systemd.credential-binary.foo", "YmF6Y"),
+        ("systemd.credential-binary.foo", "Ym-6"),
+        ("systemd.credential..", "x"),
+        ("systemd.credential.a/b", "x"),
+        ("systemd.credential.a:b", "x"),
+        ("systemd.credential.", "x"),
         ("limits.memory", "12 parsecs"),
         ("limits.cpu", "1.5"),
         ("limits.cpu", "0"),
@@ -58,6 +74,12 @@ def test_good_values(key: str, value: str) -> None:
         ("limits.connections", "0"),
         ("limits.connections", "16385"),
         ("limits.processes", "9" * 4000),
+        ("security.idmap.isolated", "false"),
+        ("security.idmap.size", "65535"),
+        ("security.idmap.size", "2147418113"),
+        ("security.idmap.size", "64KiB"),
+        ("security.idmap.size", "-1"),
+        ("security.idmap.size", ""),
         ("boot.autostart", "maybe"),
         ("restart", "sometimes"),
         ("environment.A", "a\0b"),
@@ -78,6 +100,14 @@ def test_unknown_keys_are_told_with_the_nearest(wrong: str, meant: str) -> None:
     with pytest.raises(JailmgrError) as caught:
         keys.check_config({wrong: "1"})
     assert caught.value.hint == f"Did you mean {meant}?"
+
+
+def test_a_base_of_the_users_own_is_refused_with_the_reason() -> None:
+    with pytest.raises(JailmgrError) as caught:
+        keys.find_key("security.idmap.base")
+    assert caught.value.code == "invalid"
+    assert "no two jails have one in common" in caught.value.why
+    assert "security.idmap.size" in caught.value.hint
 
 
 @pytest.mark.parametrize("key", ["environment.1A", "environment.", "environment.A=B", "user.", "user.a b", ""])
@@ -222,3 +252,51 @@ def test_limits(config: dict[str, str], limits: Limits) -> None:
 def test_number_of_cpus() -> None:
     assert cpus_of(limits_of({"limits.cpu.allowance": "150ms/100ms"})) == 1.5
     assert cpus_of(limits_of({"limits.cpu.allowance": "50%"})) is None
+
+
+NODE = {"type": "unix-char", "source": "/dev/kmsg", "path": "/dev/x"}
+
+
+@pytest.mark.parametrize(
+    ("keys_", "why"),
+    [
+        ({"path": None, "source": "/dev/zero"}, "/dev/zero is the jail's own"),
+        ({"path": "/dev/pts/3"}, "/dev/pts is the jail's own"),
+        ({"path": "/etc/x"}, "is not a path below /dev"),
+        ({"path": "/dev/../x"}, "is not a path below /dev"),
+        ({"path": "/dev/x/"}, "is not a path below /dev"),
+        ({"path": "/dev//x"}, "is not a path below /dev"),
+        ({"path": "/dev/"}, "is not a path below /dev"),
+        ({"path": "/dev"}, "is not a path below /dev"),
+        ({"source": "kmsg"}, "is not an absolute path"),
+        ({"source": None, "path": None}, "neither 'source' nor 'path' is given"),
+        ({"major": "1"}, "one of 'major' and 'minor' is given"),
+        ({"mode": "7777"}, "is not an octal mode"),
+        ({"mode": "rw"}, "is not an octal mode"),
+        ({"uid": "-1"}, "is not a whole number"),
+        ({"required": "maybe"}, "is neither true nor false"),
+        ({"vendorid": "1"}, "'vendorid' is no key of a unix-char device"),
+        ({"type": "usb"}, "there is no device type 'usb'"),
+    ],
+)
+def test_devices_of_the_host_that_are_refused(keys_: dict[str, str | None], why: str) -> None:
+    device = {key: value for key, value in (NODE | keys_).items() if value is not None}
+    with pytest.raises(JailmgrError) as caught:
+        keys.check_devices({"knob": device})
+    assert why in str(caught.value)
+    assert caught.value.code == "invalid"
+
+
+def test_two_devices_of_one_path_are_refused() -> None:
+    keys.check_devices({"knob": NODE, "other": NODE | {"path": "/dev/y"}})
+    with pytest.raises(JailmgrError, match="/dev/x is device knob already"):
+        keys.check_devices({"knob": NODE, "other": {"type": "unix-block", "path": "/dev/x"}})
+
+
+@pytest.mark.parametrize("kind", [kind for kind, type_ in keys.TYPES.items() if type_.only])
+def test_a_jail_has_one_root_and_one_eth0(kind: str) -> None:
+    keys.check_devices({keys.TYPES[kind].only: {"type": kind}})
+    with pytest.raises(JailmgrError, match=f"a jail has one {kind} device"):
+        keys.check_devices({"more": {"type": kind}})
+    with pytest.raises(JailmgrError, match=f"is a {kind} device"):
+        keys.check_devices({keys.TYPES[kind].only: {"type": "unix-char", "path": "/dev/x"}})

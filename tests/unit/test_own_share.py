@@ -13,7 +13,7 @@ from jailmgr.runtime.cgroup_cpuset import format_cpus, parse_cpus
 from jailmgr.runtime.lxcfs import files_of
 from tests.unit.test_cgroups import mountinfo, v2_tree
 
-PLAN = Plan("t", "j", "j", 1000, 100000, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
+PLAN = Plan("t", "j", "j", 1000, 100000, 65536, "jailmgr/t/j", "/lower", "/volume", ["/sbin/init"], "/lib")
 
 
 @pytest.mark.parametrize(

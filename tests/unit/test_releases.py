@@ -27,6 +27,7 @@ STATE = {
 def test_a_bundle_of_the_first_release_is_read() -> None:
     bundle = read_bundle(FIRST)
     assert (bundle.tenant, bundle.jail, bundle.lib) == ("acme", "web", "/var/lib/jailmgr/jails/acme/web")
+    assert (bundle.idmap_base, bundle.idmap_size) == (FIRST["linux"]["uidMappings"][0]["hostID"], 65536)
     assert bundle.limits == Limits(64 * MIB, 0, 150_000, 100_000, None, 500)
     assert (bundle.apparmor, bundle.limits.io, bundle.limits.cpus, bundle.lxcfs) == ("", None, None, "")
 

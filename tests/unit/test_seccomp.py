@@ -49,9 +49,9 @@ def int80(number: int, first: int = 0, second: int = 0, third: int = 0) -> int:
     return -result if -4096 < result < 0 else 0
 
 
-def under_filter(ask: Callable[[], list[int]], raw_volume: bool = False) -> list[int]:
+def under_filter(ask: Callable[[], list[int]], raw_volume: bool = False, socketcall: bool = False) -> list[int]:
     """What `ask` returns in a child under the default filter."""
-    bpf = seccomp.compile(seccomp.default_section(raw_volume=raw_volume))
+    bpf = seccomp.compile(seccomp.default_section(raw_volume=raw_volume), socketcall)
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -187,6 +187,18 @@ def test_32_bit_sockets_are_refused_alike() -> None:
         return [int80(359, 40, 1), int80(359, 1, 1), int80(102, 1), int80(102, 2), int80(54, -1, TIOCSTI)]
 
     assert under_filter(ask) == [errno.EAFNOSUPPORT, 0, errno.EAFNOSUPPORT, errno.EFAULT, errno.EPERM]
+
+
+@x86_64
+def test_32_bit_sockets_are_let_through_if_asked_for() -> None:
+    """Of every family, and nothing else; 64-bit calls are refused as before."""
+
+    def ask() -> list[int]:
+        old = [int80(359, 1, 1), int80(102, 1), int80(102, 8), int80(54, -1, TIOCSTI), int80(135), int80(357)]
+        return [*old, call("socket", 40, 1), call("bpf"), call_number(0x40000000 | 110)]
+
+    refused = [errno.EPERM, errno.ENOSYS, errno.EPERM, errno.EAFNOSUPPORT, errno.EPERM, errno.ENOSYS]
+    assert under_filter(ask, socketcall=True) == [0, errno.EFAULT, errno.EFAULT, *refused]
 
 
 @x86_64

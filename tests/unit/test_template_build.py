@@ -220,7 +220,7 @@ def test_busybox(root: Root, tmp_path: Path) -> None:
     target = tmp_path / "rootfs"
     built = build_busybox(root, target)
     assert built.recipe.stop_signal == "SIGUSR2"
-    assert {file.path for file in built.files} == {"/etc/hostname", "/etc/hosts", "/etc/resolv.conf"}
+    assert {file.path for file in built.files} == {"/etc/hostname", "/etc/hosts"}
     assert built.packages == {}
     assert os.access(target / "sbin/init", os.X_OK)
     assert not os.path.islink(target / "sbin/init")

@@ -46,6 +46,9 @@ def test_exec_while_the_guest_has_controllers_enabled(host: Instance, web: str) 
     enabled = host.exec(web, "cat", "/sys/fs/cgroup/cgroup.subtree_control").out.split()
     assert {"memory", "pids"} <= set(enabled)
     assert host.exec(web, "cat", "/proc/self/cgroup").out == "0::/.exec\n"
+    own = "cd /sys/fs/cgroup/.exec && mkdir x && echo $$ >x/cgroup.procs && echo +memory +pids >cgroup.subtree_control"
+    assert host.sh(web, f"{own} && echo 64M >x/memory.max && cat x/memory.max").out == f"{64 << 20}\n"
+    assert host.exec(web, "cat", "/proc/self/cgroup").out == "0::/.exec\n", "the leaf is made again"
 
 
 def test_a_sandboxed_service_with_limits_of_its_own(host: Instance, web: str) -> None:

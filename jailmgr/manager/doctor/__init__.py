@@ -14,6 +14,7 @@ from jailmgr.manager.doctor.bounds import bounds_checks
 from jailmgr.manager.doctor.check import Check, check
 from jailmgr.manager.doctor.firewall import firewall_checks
 from jailmgr.manager.doctor.kernel import cgroup_checks, kernel_checks
+from jailmgr.manager.doctor.volumes import volume_checks
 from jailmgr.manager.strangers import refuse_blank_store, refuse_store_without_jails
 from jailmgr.storage.pool import MIN_SIZE, host_headroom, is_made
 from jailmgr.store import Store
@@ -35,6 +36,7 @@ def doctor(root: Root) -> list[Check]:
         ("resolver", host.name_checks),
         ("disk", lambda: _disk(root)),
         ("store", lambda: _store(root)),
+        ("volumes", lambda: volume_checks(root)),
         ("leftovers", lambda: _leftovers(root)),
     ]
     found = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.doctor.check import SBIN, Check, check, read
-from jailmgr.network import nft
+from jailmgr.network import conntrack, nft
 
 PROTOCOLS = "/etc/protocols"
 BRIDGED = "/proc/sys/net/bridge/bridge-nf-call-iptables"
@@ -47,7 +47,7 @@ def firewall_checks(root: Root) -> list[Check]:
     there = os.path.exists(PROTOCOLS)
     detail = PROTOCOLS if there else f"no {PROTOCOLS}, where libnftables looks tcp and udp up"
     found = [check("nftables", True, "answers"), check("protocols", there, detail, "apt install netbase")]
-    found.append(limits_check(listing, root))
+    found += [limits_check(listing, root), flows_check()]
     foreign = [*dropping(listing, root), *_legacy(root)]
     for hook, meaning in HOOKS.items():
         at = [chain for chain in foreign if chain.hook == hook]
@@ -61,13 +61,22 @@ def firewall_checks(root: Root) -> list[Check]:
     detail = (
         "frames between jails pass no rules for IP packets"
         if bridged != "1"
-        else (
-            "net.bridge.bridge-nf-call-iptables=1: frames between jails pass iptables as well, and a jail can't reach "
-            "its own published port by the host's address"
-        )
+        else ("net.bridge.bridge-nf-call-iptables=1: frames between jails pass iptables as well")
     )
     remedy = "sysctl -w net.bridge.bridge-nf-call-iptables=0, where neither Docker nor Kubernetes needs it"
     return [*found, check("bridge netfilter", bridged != "1", detail, remedy, "warning")]
+
+
+def flows_check() -> Check:
+    """Return whether flows whose published port or address is another jail's by now can be ended."""
+    there = conntrack.is_there()
+    detail = (
+        "flows of the host's connection table can be ended"
+        if there
+        else "the kernel has no ctnetlink: a UDP client that keeps sending reaches a jail after `port unpublish`, and "
+        "a stranger's answers reach the next jail with the address"
+    )
+    return check("connection flows", there, detail, "modprobe nf_conntrack_netlink", "warning")
 
 
 def limits_check(listing: list[dict[str, Any]], root: Root) -> Check:

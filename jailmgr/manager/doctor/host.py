@@ -7,6 +7,7 @@ import os
 import shutil
 
 from jailmgr import claims
+from jailmgr.keys import IDS
 from jailmgr.manager import apparmor
 from jailmgr.manager.doctor.check import SBIN, Check, Severity, check, read
 from jailmgr.network import bridge
@@ -106,20 +107,16 @@ def security_checks() -> list[Check]:
 
 def id_checks() -> list[Check]:
     """Ranges of ids for jails, of which none may be another's by subuid(5) or subgid(5)."""
-    free = claims.LAST_ID - claims.FIRST_ID
     clash = []
     for path in claims.SUBORDINATE:
         for fields in (line.split(":") for line in read(path).splitlines()):
             if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
                 start, count = int(fields[1]), int(fields[2])
-                overlap = min(start + count, claims.LAST_ID) - max(start, claims.FIRST_ID)
-                if overlap > 0:
+                if any(start < end and first < start + count for first, end in claims.REGIONS):
                     clash.append(f"{path} gives {start} to {fields[0]}")
-                    free -= overlap
-    detail = f"{max(0, free) // claims.RANGE} ranges from {claims.FIRST_ID}" + (
-        f"; {', '.join(clash[:2])}" if clash else ""
-    )
-    return [check("id ranges", free > 64 * claims.RANGE, detail, "Move the ranges of /etc/subuid and /etc/subgid.")]
+    ranges = claims.count_ranges(IDS)
+    detail = f"{ranges} ranges of {IDS} ids" + (f"; {', '.join(clash[:2])}" if clash else "")
+    return [check("id ranges", ranges > 64, detail, "Move the ranges of /etc/subuid and /etc/subgid.")]
 
 
 def name_checks() -> list[Check]:
