@@ -118,7 +118,7 @@ def _make_seed(pool: Pool, floor: int) -> None:
 
 
 def make_directories(volume: int) -> None:
-    """Make the two directories of a volume that overlayfs takes: `upper` (0755) and `work` (0700)."""
+    """Make the two directories of a volume that overlayfs takes: `upper` (0755) and `workdir` (0700)."""
     for name, mode in ((UPPER, 0o755), (WORK, 0o700)):
         os.mkdir(name, mode, dir_fd=volume)
         os.chmod(name, mode, dir_fd=volume)
