@@ -325,7 +325,7 @@ def _init(
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     _start_clocks()
-    kernel.mount_propagation_private()
+    kernel.mount_propagation(kernel.MS_PRIVATE)
     kernel.sethostname(bundle.hostname)
     root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
     rootfs.populate(root, scratch, bundle, made, limits_view)
