@@ -51,7 +51,8 @@ def canonical_tar(rootfs: str) -> Iterator[bytes]:
     """The archive that is fingerprinted, in parts of up to 1 MiB.
 
     No link in the tree is followed, no device opened. Raises JailmgrError `invalid` where a path has more than 4095
-    bytes, or a file changes while it is read.
+    bytes, a file changes while it is read, or a file has an attribute `trusted.*`: by those overlayfs finds a file's
+    content elsewhere in the image (overlayfs.rst, "Permission model").
     """
     seen: dict[tuple[int, ...], str] = {}
     with _explained(rootfs), _open(rootfs) as top:
@@ -167,6 +168,11 @@ def _is_same(top: int, one: str, other: str) -> bool:
 def _xattrs(path: str) -> dict[str, str]:
     found = {}
     for name in sorted(os.listxattr(path, follow_symlinks=False)):
+        if name.startswith("trusted."):
+            why = (
+                f"{os.path.basename(path)} has the attribute {name}, and the kernel trusts such attributes of an image"
+            )
+            raise JailmgrError("image", why, "Remove it: setfattr --remove.", "invalid")
         if name not in _OF_THE_HOST and not name.startswith("btrfs."):
             value = os.getxattr(path, name, follow_symlinks=False)
             found[f"SCHILY.xattr.{name}"] = value.decode("utf-8", "surrogateescape")

@@ -17,6 +17,7 @@ from jailmgr.runtime.syscalls import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, opena
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS
 _FILE_MAX = 1 << 20
 _NEW = ".jailmgr-new"
+_METACOPY = "trusted.overlay.metacopy"
 
 Rendered = list[tuple[str, bytes, int]]
 """Path in the jail, content, mode."""
@@ -117,7 +118,11 @@ def _stat(image: int, path: str) -> os.stat_result | None:
 
 
 def _read(at: int, name: str) -> bytes | None:
-    """The content of a regular file with one name; None for anything else, or more than 1 MiB."""
+    """The content of a regular file with one name; None for anything else, or more than 1 MiB.
+
+    None also for a file whose content is still the image's: the layer has only its owner and mode (overlayfs.rst,
+    "Metadata only copy up").
+    """
     try:
         fd = openat2(at, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, _RESOLVE)
     except OSError:
@@ -126,7 +131,7 @@ def _read(at: int, name: str) -> bytes | None:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > _FILE_MAX:
             return None
-        return os.read(fd, _FILE_MAX)
+        return None if _METACOPY in os.listxattr(fd) else os.read(fd, _FILE_MAX)
     finally:
         os.close(fd)
 

@@ -15,7 +15,7 @@ from jailmgr.manager.renumber import renumber_if_old
 from jailmgr.manager.totals import ensure_totals
 from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail, Stopped
-from jailmgr.runtime import attach
+from jailmgr.runtime import attach, volume_format
 
 WAIT_TIMEOUT = 120.0
 """Seconds `wait` gives init to tell that the system is up."""
@@ -53,6 +53,8 @@ def boot(m: Manager, jail: Jail) -> None:
     claim_uid(m, jail.tenant)
     jail = claim_idmap(m, jail, resize=not is_up(m, jail))
     renumber_if_old(m, jail)
+    # Here, since it may take seconds, and while a supervisor does it the tenant's other jails wait.
+    volume_format.convert(m.root.volume(jail.tenant, jail.name))
     with ExitStack() as undo:
         networks.up(m, jail)
         undo.callback(_give_back, m, jail)

@@ -81,10 +81,13 @@ def permitted() -> int:
     return int(data[0].permitted) | int(data[1].permitted) << 32
 
 
-def _set(bits: int) -> None:
-    """Permitted and effective set; nothing is inheritable, so no ambient one is left either (capset(2))."""
-    low, high = bits & 0xFFFFFFFF, bits >> 32
-    data = _Both(_Data(low, low, 0), _Data(high, high, 0))
+def _set(bits: int, effective: int | None = None) -> None:
+    """Set the permitted set and the effective one, which is the same unless `effective` is given (capset(2)).
+
+    Nothing is inheritable, so no ambient one is left either.
+    """
+    most, words = 0xFFFFFFFF, (bits if effective is None else effective, bits)
+    data = _Both(_Data(*(word & most for word in words), 0), _Data(*(word >> 32 for word in words), 0))
     _call(libc.capset(ctypes.byref(_Header(_VERSION_3, 0)), data), "capset")
 
 
@@ -122,6 +125,25 @@ def _is_known(number: int) -> bool:
             raise
         return False
     return True
+
+
+@contextmanager
+def writing_as(owner: int, keep: tuple[str, ...]) -> Iterator[None]:
+    """Use `owner` as user and group id for files, and only `keep` as effective capabilities, for a while (setfsuid(2)).
+
+    Real, effective and saved ids stay root's. The permitted set stays as it was, so that all can be put back. Raises
+    OSError, JailmgrError.
+    """
+    bits = permitted()
+    try:
+        libc.setfsgid(owner)
+        libc.setfsuid(owner)
+        _set(bits, mask(keep) & bits)
+        yield
+    finally:
+        libc.setfsuid(0)
+        libc.setfsgid(0)
+        _set(bits)
 
 
 @contextmanager

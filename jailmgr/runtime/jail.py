@@ -12,7 +12,7 @@ from time import time
 from typing import Any
 
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime import cgroups, devices, fuse, netlink, process, protocol, spawn, stop_signal
+from jailmgr.runtime import cgroups, devices, fuse, netlink, process, protocol, spawn, stop_signal, volume_format
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import CONFIG, Bundle, load_bundle
 from jailmgr.runtime.console import Console, Log, Watcher
@@ -149,6 +149,8 @@ class Jail:
         self.ours, self.stopping, self.killed, self._reaped = True, "", False, False
         self.timed_out = False
         try:
+            if bundle.lower:
+                volume_format.convert(bundle.volume)
             spawn.make_groups(hierarchies, bundle, nodes)
         except BaseException:
             # Processes that are in the group are not this start's: what is empty goes, and nothing is killed.
@@ -157,6 +159,7 @@ class Jail:
             raise
         try:
             spawned = spawn.spawn(bundle, hierarchies, bpf, nodes, stdio, payload, partial(self._prepare, restarts))
+            self.host.loop.after(0.0, partial(os.close, spawned.stage))
             try:
                 if payload is None:
                     spawn.release(spawned)

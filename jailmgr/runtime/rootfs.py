@@ -1,4 +1,4 @@
-"""A jail's mounts, made from within its user and mount namespace: layers, kernel file systems, devices, masks.
+"""A jail's mounts, made from within its user and mount namespace: kernel file systems, devices, masks.
 
 Runs in the child that becomes init, with the host's root still in sight. All mounts are made detached and attached
 by fd, so that no path in the jail's (untrusted) tree is ever followed out of it.
@@ -16,6 +16,7 @@ from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.bundle import DEVICES, UNCOVERED, Bundle, Mount
 from jailmgr.runtime.devices import Node
 from jailmgr.runtime.pty import Pty, open_pty
+from jailmgr.runtime.root_mount import STAGE
 
 _ATTRIBUTES = {
     "ro": kernel.MOUNT_ATTR_RDONLY,
@@ -33,47 +34,23 @@ _LINKS = {
 }
 
 
-def idmap(path: str, userns_fd: int, read_only: bool) -> int:
-    """A detached mount of `path` whose owners, 0-based on disk, are mapped by the jail's user namespace.
+def assemble() -> tuple[int, int]:
+    """Take the root file system that the supervisor has mounted (root_mount.py), attached out of everyone's way.
 
-    Called in the host's user namespace (mount_setattr(2), MOUNT_ATTR_IDMAP). A clone of a shared mount, as systemd
-    makes all of a host's, would pass on what is mounted on it, and pivot_root(2) takes none.
+    Returns its O_PATH fd, and the fd of the small tmpfs that it is attached in. The tmpfs is mounted on a directory of
+    the host's (of this mount namespace) that is not looked into any more, and goes with it. The root itself can't be
+    moved: what another user namespace has mounted is locked in its place (mount_namespaces(7)). Its clone can.
     """
-    fd = kernel.open_tree(path)
-    try:
-        attributes = kernel.MOUNT_ATTR_IDMAP | (kernel.MOUNT_ATTR_RDONLY if read_only else 0)
-        kernel.mount_setattr(fd, attributes, kernel.MOUNT_ATTR_NOSUID, userns_fd, kernel.MS_PRIVATE)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def assemble(lower_fd: int | None, volume_fd: int) -> tuple[int, int]:
-    """The root file system, attached out of everyone's way: overlay of both, or the volume itself.
-
-    Its O_PATH fd, and the fd of the small tmpfs it is built in; that lies on a directory of the host's (of this mount
-    namespace) that is not looked into any more, and goes with it. The overlay is mounted in the user namespace, with
-    `userxattr`: mounted by the host's root over idmapped layers it would go read-only, for uid 0 has no mapping there.
-    """
+    mounted = kernel.open_tree(STAGE)
     scratch = kernel.fsmount(
         "tmpfs", {"mode": "755", "size": "64k"}, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
     )
-    out_of_the_way = os.open("/usr", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    out_of_the_way = os.open(STAGE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     kernel.move_mount(scratch, out_of_the_way)
     os.close(out_of_the_way)
-    for name in ("lower", "volume", "root"):
-        os.mkdir(name, 0o700, dir_fd=scratch)
-    os.fchdir(scratch)
-    if lower_fd is None:
-        kernel.move_mount(volume_fd, scratch, "root")
-    else:
-        kernel.move_mount(lower_fd, scratch, "lower")
-        kernel.move_mount(volume_fd, scratch, "volume")
-        layers = {"lowerdir": "lower", "upperdir": "volume/upper", "workdir": "volume/work", "userxattr": None}
-        overlay = kernel.fsmount("overlay", layers)
-        kernel.move_mount(overlay, scratch, "root")
-        os.close(overlay)
+    os.mkdir("root", 0o700, dir_fd=scratch)
+    kernel.move_mount(mounted, scratch, "root")
+    os.close(mounted)
     root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=scratch)
     return root, scratch
 

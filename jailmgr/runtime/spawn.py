@@ -1,10 +1,11 @@
-"""From a bundle to a running init: one clone3(2) into all of the jail's namespaces.
+"""From a bundle to a running init: one clone3(2) into the jail's namespaces.
 
 The supervisor has the tenant's effective uid for it, so that the user namespace is the tenant's and the kernel's counts
 per user add up there; the namespaces that are made in the same call belong to the new user namespace (namespaces(7)).
-While the child mounts, the supervisor makes the network and whatever `meanwhile` is. No mount is made in the host's
-mount namespace and nothing has a name until init runs, so that a kill of anyone at any line leaves at most empty
-cgroups.
+The mount namespace comes later: the supervisor mounts the root in a staging namespace, which the child then copies
+(root_mount.py). While the child mounts the rest, the supervisor makes the network and whatever `meanwhile` is. No mount
+is made in the host's mount namespace and nothing has a name until init runs, so that a kill of anyone at any line
+leaves at most empty cgroups.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jailmgr.runtime import (
     protocol,
     reaper,
     resolvers,
+    root_mount,
     rootfs,
     shaping,
 )
@@ -41,12 +43,7 @@ from jailmgr.runtime.run_host import RUN_HOST, RunHost, make_run_host
 STEP_SECONDS = 30.0
 """How long a step of a start may take: a tenant's own memory pressure may slow it, nothing else."""
 _NAMESPACES = (
-    kernel.CLONE_NEWUSER
-    | kernel.CLONE_NEWNS
-    | kernel.CLONE_NEWUTS
-    | kernel.CLONE_NEWIPC
-    | kernel.CLONE_NEWPID
-    | kernel.CLONE_NEWNET
+    kernel.CLONE_NEWUSER | kernel.CLONE_NEWUTS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET
 )
 _LATER = kernel.CLONE_NEWCGROUP | kernel.CLONE_NEWTIME
 """Namespaces made once the child is in its cgroups, and those whose clocks are set before anyone is in them."""
@@ -60,6 +57,8 @@ class Spawned(NamedTuple):
     control: socket.socket
     console: int | None
     notify: int | None
+    stage: int
+    """Of root_mount.staging, to be closed when nobody waits."""
 
 
 class Stdio(NamedTuple):
@@ -115,20 +114,21 @@ def spawn(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(STEP_SECONDS)
     leaf, tasks = cgroups.leaf_fd(hierarchies, bundle.cgroup), cgroups.open_tasks(hierarchies, bundle.cgroup)
-    try:
-        with capabilities.effective_uid(bundle.uid):
-            pid = kernel.fork_into(leaf, _NAMESPACES)
-            if pid == 0:
-                work = partial(_init, theirs, tasks, bundle, bpf, nodes, stdio, payload)
-                process.trap("start", partial(protocol.send, theirs), work)
-    except OSError as error:
-        ours.close()
-        raise _refused(error) from error
-    finally:
-        theirs.close()
-        protocol.close_all(tasks if leaf is None else [leaf, *tasks])
+    pid, stage = 0, -1
     host: RunHost | None = None
     try:
+        with root_mount.staging() as staged:
+            try:
+                with capabilities.effective_uid(bundle.uid):
+                    pid = kernel.fork_into(leaf, _NAMESPACES)
+                    if pid == 0:
+                        work = partial(_init, theirs, tasks, bundle, bpf, nodes, stdio, payload)
+                        process.trap("start", partial(protocol.send, theirs), work)
+            finally:
+                theirs.close()
+                protocol.close_all(tasks if leaf is None else [leaf, *tasks])
+            _mount_root(pid, bundle)
+        stage = staged
         if payload is None:
             host = make_run_host(bundle)
         _lead(ours, pid, bundle, nodes, host)
@@ -137,10 +137,17 @@ def spawn(
         console = fds[0] if bundle.terminal and payload is None else None
         if console is not None:
             check_master(console)
-        return Spawned(pid, os.pidfd_open(pid), ours, console, None if host is None else host.notify)
+        return Spawned(pid, os.pidfd_open(pid), ours, console, None if host is None else host.notify, stage)
     except BaseException as error:
+        if stage >= 0:
+            os.close(stage)
         if host is not None and host.notify is not None:
             os.close(host.notify)
+        if not pid:
+            ours.close()
+            if isinstance(error, OSError):
+                raise _refused(error) from error
+            raise
         said = _abandon(ours, pid)
         for nic in bundle.nics:
             netlink.detach(nic["veth"])
@@ -160,15 +167,28 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node], host: RunHost | None) -> None:
-    """Our side of the child's way into its namespaces: its ids, its mounts, its network. The mount in `host` is closed.
+def _mount_root(pid: int, bundle: Bundle) -> None:
+    """Write the id maps of the new user namespace, and mount the jail's root by them."""
+    for kind in ("uid", "gid"):
+        fd = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
+        finally:
+            os.close(fd)
+    userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        root_mount.mount(bundle.lower, bundle.volume, userns, bundle.idmap_base)
+    finally:
+        os.close(userns)
 
-    The child receives `host`'s mount first, then its layers, its devices, and last what lxcfs shows, where there are
-    these.
+
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node], host: RunHost | None) -> None:
+    """Let the child copy the staging namespace; meanwhile make its network. The mount in `host` is closed.
+
+    The child receives `host`'s mount first, then its devices, and last what lxcfs shows, where there are these.
     """
     mounts = [] if host is None else [host.mount]
     try:
-        mounts += _map(pid, bundle)
         if nodes:
             mounts.append(devices.make(nodes, bundle.idmap_base, bundle.idmap_size))
         limits_view = lxcfs.open_whole(bundle.lxcfs)
@@ -246,28 +266,6 @@ def _hear(sock: socket.socket, step: str) -> protocol.Message:
     return said
 
 
-def _map(pid: int, bundle: Bundle) -> list[int]:
-    """Write the id maps of the new user namespace and map the layers by it: the fds of lower (if any) and volume."""
-    for kind in ("uid", "gid"):
-        fd = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
-        finally:
-            os.close(fd)
-    userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    layers: list[int] = []
-    try:
-        if bundle.lower:
-            layers.append(rootfs.idmap(bundle.lower, userns, read_only=True))
-        layers.append(rootfs.idmap(bundle.volume, userns, read_only=False))
-    except BaseException:
-        protocol.close_all(layers)
-        raise
-    finally:
-        os.close(userns)
-    return layers
-
-
 def _start_clocks() -> None:
     """The jail's uptime begins at 0: the offsets of its time namespace, and into it (time_namespaces(7)).
 
@@ -316,18 +314,18 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    layers, environment = said.fds, said.body["environment"]
-    host = layers.pop(0) if environment is not None else None
-    limits_view = layers.pop() if said.body["limits_view"] else None
-    made = rootfs.Nodes(layers.pop(), nodes) if nodes else None
+    mounts, environment = said.fds, said.body["environment"]
+    host = mounts.pop(0) if environment is not None else None
+    limits_view = mounts.pop() if said.body["limits_view"] else None
+    made = rootfs.Nodes(mounts.pop(), nodes) if nodes else None
+    kernel.unshare(kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     _start_clocks()
-    kernel.mount_propagation(kernel.MS_PRIVATE)
     kernel.sethostname(bundle.hostname)
-    root, scratch = rootfs.assemble(layers[0] if bundle.lower else None, layers[-1])
+    root, scratch = rootfs.assemble()
     rootfs.populate(root, scratch, bundle, made, limits_view)
     if payload is None:
         resolvers.hand_out(root, bundle)

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from jailmgr.runtime.syscalls import RENAME_NOREPLACE, renameat2
+from jailmgr.runtime.volume_format import UPPER, WORK
 from jailmgr.storage import btrfs, btrfs_inodes
 from jailmgr.storage.kind import Pool
 
@@ -117,8 +118,8 @@ def _make_seed(pool: Pool, floor: int) -> None:
 
 
 def make_directories(volume: int) -> None:
-    """Make the two directories of a volume that overlayfs takes: `upper` (0755) and `work` (0700)."""
-    for name, mode in (("upper", 0o755), ("work", 0o700)):
+    """Make the two directories of a volume that overlayfs takes: `upper` (0755) and `workdir` (0700)."""
+    for name, mode in ((UPPER, 0o755), (WORK, 0o700)):
         os.mkdir(name, mode, dir_fd=volume)
         os.chmod(name, mode, dir_fd=volume)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
+from jailmgr.runtime.volume_format import UPPER, WORK
 from jailmgr.storage import project_quota as quota
 from jailmgr.storage.btrfs import directory
 from jailmgr.storage.kind import Pool
@@ -48,7 +49,7 @@ def create_volume(pool: Pool, path: str, tenant_id: int, jail_id: int, size: int
             hint = "`jailmgr doctor` names volumes of jails that there are not."
             raise JailmgrError(what, f"something else is in its project {project}", hint, "conflict")
         _limit(fd, project, size)
-        for name, mode in (("upper", 0o755), ("work", 0o700)):
+        for name, mode in ((UPPER, 0o755), (WORK, 0o700)):
             os.mkdir(name, mode, dir_fd=fd)
             os.chmod(name, mode, dir_fd=fd)
         undo.pop_all()

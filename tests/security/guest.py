@@ -79,18 +79,26 @@ class Guest(NamedTuple):
 
         A call is its name, or its number for x86's 32-bit calls (`old`), and its arguments.
         """
-        words = [" ".join([str(_number(call[0])), *map(_word, call[1:])]) for call in calls]
-        said = self.run("ask", *(["-3"] if old else []), stdin="\n".join(words) + "\n")
-        told = [int(line.split()[1]) for line in said.splitlines()]
-        assert len(told) == len(calls), said
-        return [errno.errorcode[each] if each else OK for each in told]
+        return [errno.errorcode[number] if number else OK for _, number in self._ask(*calls, old=old)]
+
+    def results(self, *calls: tuple[str | int, *tuple[Argument, ...]]) -> list[int]:
+        """Make system calls as `ask` does; what each returned, -1 for an error."""
+        return [result for result, _ in self._ask(*calls)]
+
+    def _ask(self, *calls: tuple[str | int, *tuple[Argument, ...]], old: bool = False) -> list[tuple[int, int]]:
+        words = [" ".join([str(call_number(call[0])), *map(_word, call[1:])]) for call in calls]
+        text = self.run("ask", *(["-3"] if old else []), stdin="\n".join(words) + "\n")
+        lines = [line.split() for line in text.splitlines()]
+        assert len(lines) == len(calls), text
+        return [(int(result), int(number)) for result, number in lines]
 
     def verdicts(self, *calls: tuple[str | int, *tuple[Argument, ...]]) -> dict[str, str]:
         """`ask`, by the name of each call."""
         return dict(zip([str(call[0]) for call in calls], self.ask(*calls), strict=True))
 
 
-def _number(call: str | int) -> int:
+def call_number(call: str | int) -> int:
+    """The number of a system call on this machine."""
     if isinstance(call, int):
         return call
     found = int(_library.seccomp_syscall_resolve_name(call.encode()))

@@ -1,5 +1,6 @@
-"""Wall: devices of the host. What holds: mknod(2) takes CAP_MKNOD of the host's namespace, the jail's file systems
-belong to its user namespace and know no device nodes, and the devices group (v1, or BPF on v2) lets few be opened.
+"""Wall: devices of the host. What holds: mknod(2) takes CAP_MKNOD of the host's namespace, the jail's root is mounted
+`nodev`, locked (test_root_held.py), its other file systems belong to its user namespace and know no device nodes, and
+the devices group (v1, or BPF on v2) lets few be opened.
 
 What the group lets be opened is tried in tests/system/test_cgroups.py.
 """
@@ -50,7 +51,8 @@ def test_no_node_can_be_made(guest: Guest, nested: bool) -> None:
 
 
 def test_a_node_that_the_host_puts_there_is_dead(jm: Instance, busybox_jail: MakeJail) -> None:
-    """Mechanism: a file system of a user namespace has SB_I_NODEV; no mount option takes it away (mount(2), nodev).
+    """Mechanism: the root's mount is `nodev`, and what another user namespace has mounted keeps that flag
+    (mount_namespaces(7)).
 
     The nodes are those that the devices group lets be opened, so that it isn't the group which refuses.
     """

@@ -86,16 +86,6 @@ def test_capabilities_of_a_file_count_in_the_jail_only(guest: Guest) -> None:
         assert "CapEff:\t0000000000000000" in done.stdout, way
 
 
-def test_privileged_attributes_can_not_be_written(guest: Guest) -> None:
-    """Mechanism: trusted.* needs CAP_SYS_ADMIN of the host's namespace; overlayfs escapes a guest's user.overlay.*."""
-    guest.sh("rm -rf /root/attributes; mkdir /root/attributes")
-    for name in ("trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.mine"):
-        assert guest.ask(("setxattr", "/root/attributes", name, "y", 1, 0)) != [OK], name
-    guest.ask(("setxattr", "/root/attributes", "user.overlay.opaque", "y", 1, 0))
-    upper = f"{guest.jm.root.volume('default', guest.jail)}/upper/root/attributes"
-    assert "user.overlay.opaque" not in os.listxattr(upper)
-
-
 def test_no_way_leads_out_of_the_root(guest: Guest) -> None:
     """Mechanism: pivot_root(2) and an unmount of all that was the host's: nothing lies under or above the root."""
     here = guest.sh("stat -c %d:%i /")

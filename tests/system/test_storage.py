@@ -433,7 +433,7 @@ def test_resize_is_live_and_refused_below_use(pool: Pool) -> None:
 
 def test_volume_is_what_overlay_wants(pool: Pool) -> None:
     path = volume.create_volume(pool, "acme", 7, "a", 1, None)
-    assert sorted(os.listdir(path)) == ["upper", "work"]
+    assert sorted(os.listdir(path)) == ["upper", "workdir"]
     upper = os.stat(f"{path}/upper")
     assert (upper.st_mode & 0o7777, upper.st_uid, upper.st_gid) == (0o755, 0, 0)
     assert refused(lambda: volume.create_volume(pool, "acme", 7, "a", 2, None)).code == "exists"

@@ -11,7 +11,7 @@ from jailmgr.runtime import cgroups, syscalls
 from jailmgr.runtime.cgroup_hierarchies import SYSTEMD
 
 KERNEL_MIN = (6, 1)
-"""Debian 12's: overlay with idmapped layers in a user namespace (5.19), cgroup.kill (5.14), idmapped btrfs (5.15)."""
+"""Debian 12's: overlay with idmapped layers (5.19), cgroup.kill (5.14), idmapped btrfs (5.15)."""
 SQUOTA_MIN = (6, 7)
 
 MODULES = {
