@@ -76,11 +76,13 @@ def test_many_files_copies_and_a_restart(jm: Instance, busybox_jail: MakeJail, b
     jail = busybox_jail()
     jm.sh(jail, f"{WRITE} && mkdir /root/a && echo x > /root/a/one && ln /root/a/one /root/two")
     assert shared_numbers(jm, jail) == {}
+    number = jm.exec(jail, "stat", "-c", "%i %h", "/bin/busybox").out
     jm.sh(jail, f"{TOUCH}; mkdir /etc/new; chmod 700 /bin; rm -r /root/many; {WRITE}")
     assert shared_numbers(jm, jail) == {}
     jm("restart", "--force", jail)
     jm.sh(jail, f"rm -r /root/many; {WRITE}; {TOUCH}")
     assert shared_numbers(jm, jail) == {}
+    assert jm.exec(jail, "stat", "-c", "%i %h", "/bin/busybox").out == number, "a file of the image keeps its number"
     assert jm.sh(jail, "[ /root/a/one -ef /root/two ] && cat /root/two").out == "x\n"
 
 

@@ -15,7 +15,7 @@ from jailmgr.image import store
 from jailmgr.image.fingerprint import canonical_tar
 from jailmgr.storage import btrfs, btrfs_seeds, volume
 from jailmgr.storage.pool import Pool, close_pool, open_pool
-from tests.system.test_renumber import old_volume
+from tests.system.test_renumber import old_volume, once
 from tests.system.test_storage import BTRFS, DRAFT, MIB, made_ahead, make_build, nothing_counted, pool
 from tests.unit.crash import killed_at
 
@@ -84,6 +84,7 @@ def test_a_place_in_use_is_not_taken(pool: Pool, layers: list[str]) -> None:
 
 def test_kill_while_seeds_are_made(pool: Pool, layers: list[str]) -> None:
     """What was cut off is found and deleted, and what is whole is used."""
+    once(pool)
     floor, line, cut_off = btrfs_seeds.floor_above(layers), 1, 0
     for path in btrfs_seeds.all_but(pool, []):
         _destroy(path)
@@ -107,6 +108,7 @@ def _destroy(path: str) -> None:
 
 
 def test_seeds_go_with_the_last_image_that_needs_them(pool: Pool) -> None:
+    once(pool)
     images = []
     for name, files in (("small", 1), ("large", 2500), ("other", 2600)):
         rootfs = make_build(pool, name, name.encode())
