@@ -55,13 +55,14 @@ def configure(
             moves = _nic(old) != _nic(new)
             if moves:
                 networks.leave(m, old)
-                undo.callback(networks.refresh_names_of, m, old)
             with m.store.transaction():
                 m.store.update(new)
                 m.store.set_ports(new, ports_of(new))
                 admit(m, new, old)
                 if moves:
                     new = msgspec.structs.replace(new, nics=networks.assign_nics(m, new, new.devices))
+            if moves:
+                undo.callback(networks.refresh_names_of, m, old, new)
             undo.callback(_put_back, m, old, moves)
             write = write_bundle if up else renew_kept
             undo.callback(write, m, old)
@@ -71,7 +72,6 @@ def configure(
                 undo.callback(shaping.apply, m, old)
                 shaping.apply(m, new)
             if moves:
-                undo.callback(networks.refresh_names_of, m, new)
                 networks.refresh_names_of(m, old, new)
             if networks.connections_of(old) != networks.connections_of(new):
                 undo.callback(networks.limit_connections, m, old)

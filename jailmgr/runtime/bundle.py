@@ -79,6 +79,10 @@ TERMINALS = 256
 kernel.pty.reserve are for the host's own devpts."""
 FILE_SYSTEMS = ("bcache", "btrfs", "erofs", "ext4", "f2fs", "nilfs2", "ocfs2", "xfs")
 """Those with a directory in /sys/fs for each that is mounted, or one for all."""
+UNCOVERED = "/dev/.jailmgr"
+"""Directory of a procfs and a sysfs without masks, for the jail's root alone (mode 0700). The kernel lets a user
+namespace mount either only where its mount namespace has one that nothing covers (mnt_already_visible() in
+fs/namespace.c); a read-only one would allow read-only mounts only. LXC has /dev/.lxc for this."""
 _MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/proc", "proc", ("nosuid", "nodev", "noexec")),
     ("/sys", "sysfs", ("nosuid", "nodev", "noexec", "ro")),
@@ -92,6 +96,8 @@ _MOUNTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/dev/mqueue", "mqueue", ("nosuid", "nodev", "noexec")),
     ("/dev/shm", "tmpfs", ("nosuid", "nodev", "mode=1777")),
     ("/run", "tmpfs", ("nosuid", "nodev", "mode=755")),
+    (f"{UNCOVERED}/proc", "proc", ("nosuid", "nodev", "noexec")),
+    (f"{UNCOVERED}/sys", "sysfs", ("nosuid", "nodev", "noexec")),
 )
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 """Nodes of the host that every jail has as they are."""

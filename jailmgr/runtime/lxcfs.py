@@ -1,8 +1,12 @@
-"""What a jail sees of memory, CPUs, load, swap and disks: files of an lxcfs(1) over those of its /proc.
+"""What a jail sees of memory, CPUs, load, swap and disks: files of an lxcfs(1) over those of its /proc and /sys.
 
 One lxcfs serves all jails of an instance (manager/lxcfs.py). It tells who reads what holds for that process's cgroup
-and those above it. Not its `uptime`: a jail's time namespace does that. In the jail they are mounts like any other,
-which guest root may take away. Where there is no lxcfs, or a dead one, a jail has what the kernel shows.
+and those above it. In the jail they are mounts like any other, which guest root may take away. Where there is no lxcfs,
+or a dead one, a jail has what the kernel shows.
+
+Two files of lxcfs stay out, since a jail has a time namespace. The kernel's `uptime` is right there. lxcfs' `stat` has
+the host's `btime`, while the start times in /proc/PID/stat count from the jail's boot: ps(1) adds the two, and every
+process would seem to have begun with the host.
 
 lxcfs dies: `renew` puts the files of the next one in the place of those that answer ENOTCONN now.
 """
@@ -23,27 +27,31 @@ from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroups import Hierarchies, members
 from jailmgr.runtime.pty import fs_type
 
-FILES = ("cpuinfo", "diskstats", "loadavg", "meminfo", "swaps")
-"""Of its directory `proc`, and of a jail's /proc."""
-STAT = "stat"
-"""Only for a jail that has not all CPUs, of which it tells: ps(1) reckons when a process began by its `btime`, and
-lxcfs' is the host's, where the kernel's is that of the jail's time namespace.
+FILES = ("proc/cpuinfo", "proc/diskstats", "proc/loadavg", "proc/meminfo", "proc/swaps")
+"""Paths below the mount point of lxcfs, and below a jail's root."""
+ONLINE = "sys/devices/system/cpu/online"
+"""Only for jails with fewer CPUs than the host: glibc's sysconf(_SC_NPROCESSORS_ONLN) counts the CPUs in this list. All
+jails share its inode, and sendfile(2), by which busybox' cat reads, cuts it at the length that was read last. read(2)
+does not.
 """
+_RETIRED = ("proc/stat",)
+"""Files of jails that run since an earlier release: the kernel's come back where lxcfs' are dead."""
 RENEW_SECONDS, JAIL_SECONDS = 2.0, 0.05
 """How long the jails of a tenant may take for it, and each one more: it is some milliseconds, unless a guest is up to
 something.
 """
 
 _ATTRIBUTES = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_ATTR_NOEXEC
-_PROC_SUPER_MAGIC = 0x9FA0
-_OF_PROC = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
+_MAGIC = {"proc": 0x9FA0, "sys": 0x62656572}
+"""File system types of /proc and /sys (statfs(2))."""
+_BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS
 _LAYERS_MAX = 8
 _NAMESPACES_MAX = 128
 
 
 def files_of(bundle: Bundle) -> tuple[str, ...]:
-    """Those that a jail is shown."""
-    return (*FILES, STAT) if bundle.limits.cpus is not None else FILES
+    """The paths that a jail is given."""
+    return (*FILES, ONLINE) if bundle.limits.cpus is not None else FILES
 
 
 def open_whole(directory: str) -> int | None:
@@ -59,10 +67,10 @@ def open_whole(directory: str) -> int | None:
         return None
 
 
-def open_file(name: str, at: int = kernel.AT_FDCWD, below: str = "") -> int | None:
-    """A detached mount of a file, of the lxcfs mounted at `below`; None where that has none, or is dead."""
+def open_file(path: str, at: int = kernel.AT_FDCWD, below: str = "") -> int | None:
+    """A detached mount of one of `files_of`, of the lxcfs mounted at `below`; None where that has none, or is dead."""
     try:
-        return _detached(f"{below}/proc/{name}", at)
+        return _detached(f"{below}/{path}", at)
     except OSError:
         return None
 
@@ -79,7 +87,7 @@ def _detached(path: str, at: int = kernel.AT_FDCWD) -> int:
 
 
 def renew(jails: dict[str, tuple[int, Bundle]], hierarchies: Hierarchies, directory: str) -> list[str]:
-    """Have the files of the lxcfs at `directory` in each jail's /proc again: names of those in which it failed.
+    """Have the files of the lxcfs at `directory` in each jail again: names of those in which it failed.
 
     `jails`: name to init's pidfd and what it was started with. A child for each goes into the jail's mount namespaces
     and no further: what the guest has done to its processes and cgroups, or set as limits to them, is not in its way.
@@ -113,7 +121,7 @@ def _renew(init: int, bundle: Bundle, hierarchies: Hierarchies, directory: str) 
     process.shut_imports()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     spaces = _mount_namespaces(members(hierarchies, bundle.cgroup))
-    fresh = {fd: {name: open_file(name, below=directory) for name in files_of(bundle)} for fd in (init, *spaces)}
+    fresh = {fd: {path: open_file(path, below=directory) for path in files_of(bundle)} for fd in (init, *spaces)}
     kernel.setns(init, kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])
@@ -145,44 +153,53 @@ def _mount_namespaces(pids: list[int]) -> list[int]:
 
 def _put(fresh: dict[str, int | None]) -> None:
     """In the mount namespace that this process is in."""
-    proc = _open_proc()
-    if proc is None:
-        return
-    os.fchdir(proc)
-    for name, made in fresh.items():
-        target = _uncover(proc, name) if made is not None else None
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    for path, made in [*fresh.items(), *((path, None) for path in _RETIRED)]:
+        if made is None and path not in _RETIRED:
+            continue
+        folder, name = os.path.split(path)
+        directory = _open_directory(root, folder)
+        if directory is None:
+            continue
+        os.fchdir(directory)
+        target = _uncover(directory, name)
         if made is not None and target is not None:
             kernel.move_mount(made, target)
 
 
-def _open_proc() -> int | None:
-    """The jail's /proc, where it is one: not a link, and not what the guest may have mounted there."""
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _open_directory(root: int, path: str) -> int | None:
+    """A directory of the jail's /proc or /sys, where that is one: not a link, and not what the guest may have mounted
+    there.
+    """
+    top, _, rest = path.partition("/")
     try:
-        proc = kernel.openat2(root, "proc", os.O_PATH | os.O_DIRECTORY, _OF_PROC)
+        mounted = kernel.openat2(root, top, os.O_PATH | os.O_DIRECTORY, _BENEATH)
+        if fs_type(mounted) != _MAGIC[top]:
+            return None
+        own = _BENEATH | kernel.RESOLVE_NO_XDEV
+        return kernel.openat2(mounted, rest, os.O_PATH | os.O_DIRECTORY, own) if rest else mounted
     except OSError:
         return None
-    return proc if fs_type(proc) == _PROC_SUPER_MAGIC else None
 
 
-def _uncover(proc: int, name: str) -> int | None:
-    """The file of procfs itself, dead mounts on it taken away; None where the guest, or a living lxcfs, has one there.
+def _uncover(directory: int, name: str) -> int | None:
+    """The kernel's file itself, dead mounts on it taken away; None where the guest, or a living lxcfs, has one there.
 
-    The working directory is `proc`: a name in it is one step, and procfs has no links by these names.
+    The working directory is `directory`: a name in it is one step, and there are no links by these names.
     """
     for _ in range(_LAYERS_MAX):
         try:
-            return kernel.openat2(proc, name, os.O_PATH | os.O_NOFOLLOW, _OF_PROC | kernel.RESOLVE_NO_XDEV)
+            return kernel.openat2(directory, name, os.O_PATH | os.O_NOFOLLOW, _BENEATH | kernel.RESOLVE_NO_XDEV)
         except OSError as error:
-            if error.errno != errno.EXDEV or not _is_dead(proc, name):
+            if error.errno != errno.EXDEV or not _is_dead(directory, name):
                 return None
         kernel.umount(name, kernel.MNT_DETACH | kernel.UMOUNT_NOFOLLOW)
     return None
 
 
-def _is_dead(proc: int, name: str) -> bool:
+def _is_dead(directory: int, name: str) -> bool:
     """Whether what lies on the file is of a FUSE file system that nobody serves any more."""
-    top = kernel.openat2(proc, name, os.O_PATH | os.O_NOFOLLOW, _OF_PROC)
+    top = kernel.openat2(directory, name, os.O_PATH | os.O_NOFOLLOW, _BENEATH)
     try:
         os.fstatvfs(top)
     except OSError as error:

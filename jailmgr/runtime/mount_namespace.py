@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from jailmgr.runtime.syscalls import CLONE_NEWNS, MNT_DETACH, mount_propagation_private, umount, unshare
+from jailmgr.runtime.syscalls import CLONE_NEWNS, MNT_DETACH, MS_PRIVATE, mount_propagation, umount, unshare
 
 
 def enter_own(needed: list[str]) -> None:
@@ -17,7 +17,7 @@ def enter_own(needed: list[str]) -> None:
     There is no way back: the thread should end with what it does there. Raises OSError.
     """
     unshare(CLONE_NEWNS)
-    mount_propagation_private()
+    mount_propagation(MS_PRIVATE)
     with open("/proc/thread-self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         # Spaces and the like are octal there (proc_pid_mountinfo(5)).
         points = [re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in file]

@@ -59,7 +59,7 @@ def staging() -> Iterator[int]:
         stage = -1
         try:
             stage = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
-            kernel.mount_propagation_private()
+            kernel.mount_propagation(kernel.MS_PRIVATE)
             yield stage
         except BaseException:
             if stage >= 0:

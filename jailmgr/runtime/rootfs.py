@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jailmgr.errors import JailmgrError
 from jailmgr.runtime import lxcfs, protocol
 from jailmgr.runtime import syscalls as kernel
-from jailmgr.runtime.bundle import DEVICES, Bundle, Mount
+from jailmgr.runtime.bundle import DEVICES, UNCOVERED, Bundle, Mount
 from jailmgr.runtime.devices import Node
 from jailmgr.runtime.pty import Pty, open_pty
 from jailmgr.runtime.root_mount import STAGE
@@ -108,7 +108,9 @@ def enter(root: int) -> None:
     """Make it the root, and let go of the host's (pivot_root(2), the "." form).
 
     The host's lies on it then, and goes with all that is mounted in it. setns(2) enters at the topmost mount, so
-    JailmgrError unless that is the jail's own.
+    JailmgrError unless that is the jail's own. All mounts of the jail are shared at the end: systemd in a container
+    expects it of its manager, and mounts credentials, extensions and homes in a process with a slave of the tree.
+    Each is the only one of its peer group (mount_namespaces(7)), for it was private before, and the host's are gone.
     """
     os.fchdir(root)
     kernel.pivot_root(".", ".")
@@ -116,6 +118,7 @@ def enter(root: int) -> None:
     os.chdir("/")
     if not os.path.samestat(os.stat("/.."), os.fstat(root)):
         raise JailmgrError("start", "another mount lies on the jail's root")
+    kernel.mount_propagation(kernel.MS_SHARED)
 
 
 def _directory(root: int, path: str) -> int:
@@ -128,7 +131,7 @@ def _directory(root: int, path: str) -> int:
     except FileNotFoundError:
         parent = _directory(root, os.path.dirname(path))
         try:
-            os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
+            os.mkdir(os.path.basename(path), 0o700 if f"/{path}" == UNCOVERED else 0o755, dir_fd=parent)
         finally:
             os.close(parent)
         return kernel.openat2(root, path, flags, _INSIDE)
@@ -193,13 +196,13 @@ def _new_boot_id(root: int, scratch: int) -> None:
     _cover(kernel.openat2(root, "proc/sys/kernel/random/boot_id", os.O_PATH, _INSIDE), "boot_id", scratch)
 
 
-def _show_limits(root: int, scratch: int, limits_view: int, files: tuple[str, ...]) -> None:
+def _show_limits(root: int, scratch: int, limits_view: int, paths: tuple[str, ...]) -> None:
     """The whole of lxcfs goes where nobody sees it, for only what is mounted here can be cloned in part."""
     os.mkdir("lxcfs", 0o700, dir_fd=scratch)
     kernel.move_mount(limits_view, scratch, "lxcfs")
     os.close(limits_view)
-    for name in files:
-        cover, target = lxcfs.open_file(name, scratch, "lxcfs"), _find(root, f"proc/{name}")
+    for path in paths:
+        cover, target = lxcfs.open_file(path, scratch, "lxcfs"), _find(root, path)
         if cover is not None and target is not None:
             kernel.move_mount(cover, target)
         protocol.close_all([fd for fd in (cover, target) if fd is not None])

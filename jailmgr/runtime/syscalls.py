@@ -58,6 +58,7 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
+MS_SHARED = 0x100000
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
@@ -236,9 +237,12 @@ def join_new_keyring() -> None:
             raise
 
 
-def mount_propagation_private() -> None:
-    """No mount made on the host from here on is seen, and the other way round (mount_namespaces(7))."""
-    _check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "mount", "--make-rprivate /")
+def mount_propagation(kind: int) -> None:
+    """Change the propagation type of all mounts in this namespace (mount(2)): to MS_PRIVATE or MS_SHARED.
+
+    Private mounts neither receive mounts that are made in other namespaces nor pass on their own.
+    """
+    _check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | kind), None), "mount", f"/ rec {kind:#x}")
 
 
 def umount(path: str, flags: int) -> None:

@@ -62,12 +62,15 @@ def renumber(pool: Pool, path: str, group: int, layers: Sequence[str], in_use: C
     """Give the volume at `path`, whose jail has quota group `group`, numbers that no inode in `layers` has.
 
     It can't be written to meanwhile. `in_use` is asked once, after that began. The jail's limit stops nothing here,
-    for the copies are counted when they are whole. Raises OSError, JailmgrError `conflict` for a volume that is in
-    use; then it is as it was.
+    for the copies are counted when they are whole. Raises OSError, JailmgrError `conflict` for a volume that is in use,
+    `invalid` for one with subvolumes in it; then it is as it was.
     """
     floor = btrfs_seeds.floor_above(layers)
     mark, stage = f"{pool.path}/{btrfs_seeds.SEEDS}/{_MARK}{group}", _stage(path)
     with btrfs.directory(pool.path) as top, btrfs.directory(path) as old:
+        if nested := btrfs.nested_subvolumes(old, btrfs.subvolume_id(old)):
+            why = f"{len(nested)} subvolumes lie in it, which no snapshot has"
+            raise JailmgrError(f"volume {path}", why, "Move what is in them to plain directories.", "invalid")
         with open(mark, "wb") as file:
             file.write(os.fsencode(os.path.relpath(path, pool.path)))
         try:

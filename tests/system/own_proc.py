@@ -6,10 +6,13 @@ import os
 import time
 from pathlib import Path
 
-from jailmgr.runtime.lxcfs import FILES, STAT
+from jailmgr.runtime.cgroup_cpuset import parse_cpus
+from jailmgr.runtime.lxcfs import FILES, ONLINE
 from tests.system.instance import Instance, kill, until
 
-NUMBER = "nproc; grep -c ^processor /proc/cpuinfo; grep -c ^cpu[0-9] /proc/stat"
+NAMES = [path.removeprefix("proc/") for path in FILES]
+"""lxcfs' files in /proc."""
+NUMBER = f"nproc; grep -c ^processor /proc/cpuinfo; head -n 1 /{ONLINE}"
 
 
 def meminfo(host: Instance, name: str, field: str = "MemTotal") -> int:
@@ -19,13 +22,14 @@ def meminfo(host: Instance, name: str, field: str = "MemTotal") -> int:
 
 
 def cpus(host: Instance, name: str) -> tuple[int, ...]:
-    """How many there are by its affinity, its cpuinfo and its stat."""
-    return tuple(map(int, host.sh(name, NUMBER).out.split()))
+    """How many there are by its affinity, its cpuinfo and the list that sysconf(_SC_NPROCESSORS_ONLN) counts."""
+    affinity, listed, online = host.sh(name, NUMBER).out.split()
+    return int(affinity), int(listed), len(parse_cpus(online))
 
 
 def began(host: Instance, name: str) -> int:
     """When it was booted, as ps(1) reckons: seconds since 1970."""
-    return int(host.sh(name, f"grep btime /proc/{STAT}").out.split()[1])
+    return int(host.sh(name, "grep btime /proc/stat").out.split()[1])
 
 
 def mounts(host: Instance, name: str) -> list[tuple[str, str]]:
@@ -35,9 +39,9 @@ def mounts(host: Instance, name: str) -> list[tuple[str, str]]:
 
 
 def covered(host: Instance, name: str) -> list[str]:
-    """Files of its /proc that lxcfs' lie on, one for each time."""
+    """Paths of its tree that lxcfs' files lie on, one for each time."""
     text = Path("/proc", str(host.info(name)["init_pid"]), "mountinfo").read_text()
-    return sorted(line.split()[4].removeprefix("/proc/") for line in text.splitlines() if "fuse.lxcfs" in line)
+    return sorted(line.split()[4].removeprefix("/") for line in text.splitlines() if "fuse.lxcfs" in line)
 
 
 def lxcfs_pid(host: Instance) -> int:
@@ -69,4 +73,4 @@ def check_view(host: Instance, name: str, mebibytes: int) -> None:
     assert meminfo(host, name) == mebibytes << 10
     assert meminfo(host, name, "MemAvailable") <= mebibytes << 10
     for file in FILES:
-        host.sh(name, f"cat /proc/{file} >/dev/null")
+        host.sh(name, f"cat /{file} >/dev/null")

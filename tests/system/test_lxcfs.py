@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import pytest
 
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.attach import ANSWER_SECONDS
-from jailmgr.runtime.lxcfs import FILES
+from jailmgr.runtime.lxcfs import FILES, ONLINE
 from jailmgr.runtime.state import supervisor_process
 from tests.system.conftest import BUILD_WITHIN, MakeJail
 from tests.system.instance import COMMAND, Instance, alive, kill, until
 from tests.system.own_proc import (
+    NAMES,
+    began,
     check_view,
     covered,
     cpus,
@@ -69,14 +73,14 @@ def test_a_tenants_limit_is_seen_where_the_jail_has_none_or_more(
 
 def test_uptime_and_load_are_the_jails_own(jm: Instance, busybox_jail: MakeJail) -> None:
     name = busybox_jail()
-    assert "uptime" not in covered(jm, name)
+    assert "proc/uptime" not in covered(jm, name)
     assert float(jm.exec(name, "cat", "/proc/uptime").out.split()[0]) < 60
     running, _, processes = jm.exec(name, "cat", "/proc/loadavg").out.split()[3].partition("/")
     assert int(running) <= int(processes) < 50
 
 
 def test_fewer_cpus_at_once(jm: Instance, busybox_jail: MakeJail) -> None:
-    """But for /proc/stat, which is the kernel's until the next start."""
+    """But for the list of CPUs in /sys, which is the kernel's until the next start."""
     name = busybox_jail()
     jm("set", name, "limits.cpu=1")
     assert cpus(jm, name) == (1, 1, HOST_CPUS)
@@ -88,6 +92,7 @@ def test_the_number_of_cpus_follows_limits_cpu_alone(jm: Instance, busybox_jail:
     every, one = (HOST_CPUS,) * 3, (1,) * 3
     name = busybox_jail("-c", "limits.cpu=1")
     assert cpus(jm, name) == one
+    assert abs(began(jm, name) - time.time()) < 600, "the jail's boot, not the host's"
     jm("set", name, "limits.cpu.allowance=20ms/100ms")
     assert cpus(jm, name) == one
     jm("unset", name, "limits.cpu")
@@ -118,6 +123,17 @@ def test_cpus_are_those_that_the_fewest_jails_have(jm: Instance, busybox_jail: M
     jm.sh(third, "reboot -f", status=None)
     until(lambda: jm.status(third) == "Running" and jm.info(third)["restarts"] == 1)
     assert of(third) == kept
+
+
+@pytest.mark.skipif(HOST_CPUS < 2, reason="needs two CPUs")
+def test_programs_count_the_cpus_of_limits_cpu(jm: Instance, debian_jail: MakeJail) -> None:
+    """glibc's count is what Python, nginx and make -j use. Processes began with the jail, as ps(1) reckons."""
+    name = debian_jail("-c", "limits.cpu=1")
+    assert jm.exec(name, "getconf", "_NPROCESSORS_ONLN").out == "1\n"
+    since = int(jm.exec(name, "date", "+%s", "-d", jm.exec(name, "ps", "-o", "lstart=", "-p", "1").out.strip()).out)
+    assert 0 <= time.time() - since < 600
+    jm("set", name, f"limits.cpu={HOST_CPUS}")
+    assert jm.exec(name, "getconf", "_NPROCESSORS_ONLN").out == f"{HOST_CPUS}\n"
 
 
 @pytest.mark.skipif(HOST_CPUS < 2, reason="needs two CPUs")
@@ -218,21 +234,28 @@ HOSTILE = {
     "files of its own": "for f in {files}; do echo mine >/root/$f; mount --bind /root/$f /proc/$f; done",
     "other files of proc": "for f in {files}; do mount --bind /proc/self/status /proc/$f; done",
 }
+CPUS = f"/{os.path.dirname(ONLINE)}"
+HOSTILE_SYS = {
+    "a tmpfs of links": f"mount -t tmpfs x {CPUS}; ln -s /root/meminfo {CPUS}/online",
+    "a tmpfs of files": f"umount -l /sys; mount -t tmpfs x /sys; mkdir -p {CPUS}; echo mine >{CPUS}/online",
+}
+BOUND = f"mount --bind /root/meminfo {CPUS}/online"
+"""The same for the list of CPUs in /sys."""
 
 
 @pytest.mark.parametrize("how", HOSTILE)
 def test_what_the_guest_has_put_there_stays(jm: Instance, busybox_jail: MakeJail, how: str) -> None:
     # An engine gives up on an lxcfs that ends too often in too short a time, as here; the next one has seen none end.
     jm("engine", "stop")
-    hostile, other = busybox_jail(), busybox_jail("--memory", "64MiB")
-    jm.sh(hostile, f"cd /root; for f in {' '.join(FILES)}; do echo target >$f; done")
-    jm.sh(hostile, f"set -e; {HOSTILE[how].format(files=' '.join(FILES))}")
+    hostile, other = busybox_jail("-c", "limits.cpu=1"), busybox_jail("--memory", "64MiB")
+    jm.sh(hostile, f"mount --make-rprivate /; cd /root; for f in {' '.join(NAMES)}; do echo target >$f; done")
+    jm.sh(hostile, f"set -e; {HOSTILE[how].format(files=' '.join(NAMES))}; {HOSTILE_SYS.get(how, BOUND)}")
     before = mounts(jm, hostile)
     wait_renewed(jm, kill_lxcfs(jm))
     check_view(jm, other, 64)
     assert mounts(jm, hostile) == before
     content = "mine" if how == "files of its own" else "target"
-    assert jm.sh(hostile, f"cd /root; cat {' '.join(FILES)}").out.split() == [content] * len(FILES)
+    assert jm.sh(hostile, f"cd /root; cat {' '.join(NAMES)}").out.split() == [content] * len(NAMES)
     jm("stop", "--force", hostile)
 
 
@@ -242,6 +265,27 @@ def test_what_the_guest_has_taken_away_comes_back_with_the_next(jm: Instance, bu
     assert meminfo(jm, name) == host_memory()
     wait_renewed(jm, kill_lxcfs(jm))
     check_view(jm, name, 64)
+
+
+MOUNT_STAT = """
+import os, sys
+from jailmgr.runtime import syscalls as kernel
+made = kernel.open_tree(f"{sys.argv[1]}/proc/stat")
+kernel.mount_setattr(made, propagation=kernel.MS_PRIVATE)
+kernel.setns(os.open(f"/proc/{sys.argv[2]}/ns/mnt", os.O_RDONLY), kernel.CLONE_NEWNS)
+kernel.move_mount(made, os.open("/proc/stat", os.O_PATH))
+"""
+
+
+def test_a_jail_of_an_earlier_release_gets_the_kernels_stat(jm: Instance, busybox_jail: MakeJail) -> None:
+    """Such a jail has lxcfs' file there, which would answer ENOTCONN after the end of that lxcfs."""
+    name = busybox_jail("-c", "limits.cpu=1")
+    argv = [sys.executable, "-c", MOUNT_STAT, jm.root.lxcfs, str(jm.info(name)["init_pid"])]
+    subprocess.run(argv, check=True, timeout=20)
+    assert "proc/stat" in covered(jm, name)
+    wait_renewed(jm, kill_lxcfs(jm))
+    assert covered(jm, name) == sorted([*FILES, ONLINE])
+    assert abs(began(jm, name) - time.time()) < 600
 
 
 def test_services_with_mounts_of_their_own_get_the_next_ones_files(jm: Instance, busybox_jail: MakeJail) -> None:
@@ -265,7 +309,7 @@ def test_a_guest_does_not_see_lxcfs_own_tree(jm: Instance, busybox_jail: MakeJai
         for line in Path("/proc", str(jm.info(name)["init_pid"]), "mountinfo").read_text().splitlines()
         if "fuse.lxcfs" in line
     ]
-    assert sorted(roots) == sorted(f"/proc/{file}" for file in FILES)
+    assert sorted(roots) == sorted(f"/{file}" for file in FILES)
 
 
 def test_without_lxcfs_a_jail_has_what_the_kernel_shows(new_instance: Callable[[], Instance]) -> None:

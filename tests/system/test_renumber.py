@@ -245,6 +245,17 @@ def test_in_use(pool: Pool, layer: str) -> None:
     assert volume.half_made(pool) == []
 
 
+def test_with_a_subvolume_in_it(pool: Pool, layer: str) -> None:
+    """Made by the host's root, since no guest can: a snapshot would not have it."""
+    path = old_volume(pool, "a", 1)
+    with btrfs.directory(f"{path}/upper") as upper:
+        btrfs.create_subvolume(upper, "inside")
+    Path(path, "upper/inside/file").write_text("kept")
+    assert refused(lambda: volume.renumber(pool, "acme", "a", 1, [layer], lambda: False)).code == "invalid"
+    assert Path(path, "upper/inside/file").read_text() == "kept"
+    assert volume.half_made(pool) == []
+
+
 def test_what_fails_leaves_it_as_it_was(pool: Pool, layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = old_volume(pool, "a", 1)
     populate(f"{path}/upper")

@@ -69,13 +69,14 @@ def test_cpus_are_ocis() -> None:
     assert read_bundle(compile_bundle(PLAN)).limits == Limits()
 
 
-def test_stat_is_for_those_with_some_of_the_cpus() -> None:
+def test_the_list_of_cpus_is_for_those_with_some_of_them() -> None:
     def files(limits: Limits) -> tuple[str, ...]:
         return files_of(read_bundle(compile_bundle(PLAN._replace(limits=limits))))
 
-    assert "meminfo" in files(Limits())
-    assert "stat" not in files(Limits(memory=1 << 30, cpu_quota=50_000))
-    assert set(files(Limits(cpus="0"))) - set(files(Limits())) == {"stat"}
+    assert "proc/meminfo" in files(Limits())
+    assert not any("cpu/online" in path for path in files(Limits(memory=1 << 30, cpu_quota=50_000)))
+    assert set(files(Limits(cpus="0"))) - set(files(Limits())) == {"sys/devices/system/cpu/online"}
+    assert "proc/stat" not in files(Limits(cpus="0")), "its btime is the host's"
 
 
 def test_the_bundle_says_where_lxcfs_would_be() -> None:

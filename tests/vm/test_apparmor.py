@@ -14,7 +14,7 @@ import pytest
 
 from jailmgr.manager import apparmor as loading
 from jailmgr.runtime import apparmor
-from jailmgr.runtime.bundle import MASKED, READONLY
+from jailmgr.runtime.bundle import MASKED, READONLY, UNCOVERED
 from tests.system.instance import Instance
 from tests.system.netns import run
 
@@ -72,8 +72,12 @@ def test_masks_stay(host: Instance, jail: MakeJail) -> None:
     for path in masks:
         only_the_profile_forbids(host, name, f"umount {path}")
     only_the_profile_forbids(host, jail(), "umount -l /sys/firmware")
-    only_the_profile_forbids(host, jail(), "mount -o move /proc/timer_list /root/f", "touch /root/f")
-    only_the_profile_forbids(host, jail(), "mount -o move /proc /root/m", "mkdir /root/m")
+    for script, before in (
+        ("mount -o move /proc/timer_list /root/f", "touch /root/f"),
+        ("mount -o move /proc /root/m", "mkdir /root/m"),
+        (f"mount -o move {UNCOVERED}/proc /root/m", "mkdir /root/m"),
+    ):
+        only_the_profile_forbids(host, jail(), script, f"mount --make-rprivate / && {before}")
 
 
 def test_proc_and_sys_are_not_shown_without_masks(host: Instance, jail: MakeJail) -> None:
@@ -84,9 +88,22 @@ def test_proc_and_sys_are_not_shown_without_masks(host: Instance, jail: MakeJail
     only_the_profile_forbids(host, name, "mount -t sysfs sysfs /root/m")
     only_the_profile_forbids(host, name, "mount -o bind /proc /root/m")
     only_the_profile_forbids(host, name, "mount -o rbind /proc /root/m")
+    only_the_profile_forbids(host, name, f"mount -o rbind {UNCOVERED}/proc /root/m")
+    only_the_profile_forbids(host, name, f"mount -o bind {UNCOVERED}/sys /root/m")
     host.sh(name, "mount -t proc proc /root/n/proc && cat /root/n/proc/meminfo")
-    only_the_profile_forbids(host, name, "cat /root/n/proc/keys")
-    only_the_profile_forbids(host, name, "cat /root/n/proc/kallsyms >/dev/null")
+    host.sh(name, f"mkdir /root/o && mount -o rbind {UNCOVERED} /root/o")
+    for proc in ("/root/n/proc", f"{UNCOVERED}/proc", "/root/o/proc"):
+        only_the_profile_forbids(host, name, f"cat {proc}/keys")
+        only_the_profile_forbids(host, name, f"cat {proc}/kallsyms >/dev/null")
+    for sys in (f"{UNCOVERED}/sys", "/root/o/sys"):
+        only_the_profile_forbids(host, name, f"ls -d {sys}/block/*")
+
+
+def test_proc_and_sys_of_nested_namespaces_hold_the_same(host: Instance, jail: MakeJail) -> None:
+    """They have no masks: a user of the jail may mount them in a user namespace of his own."""
+    name = jail()
+    host.sh(name, "unshare -Urpf --mount-proc sh -c 'cat /proc/meminfo && test $$ = 1 && ! cat /proc/keys'")
+    host.sh(name, "unshare -Urmn sh -c 'mount -t sysfs s /sys && ls /sys/class/net && ! ls /sys/block/*'")
 
 
 def test_what_guests_mount_is_let_be(host: Instance, jail: MakeJail) -> None:
