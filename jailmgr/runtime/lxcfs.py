@@ -31,8 +31,8 @@ FILES = ("proc/cpuinfo", "proc/diskstats", "proc/loadavg", "proc/meminfo", "proc
 """Paths below the mount point of lxcfs, and below a jail's root."""
 ONLINE = "sys/devices/system/cpu/online"
 """Only for jails with fewer CPUs than the host: glibc's sysconf(_SC_NPROCESSORS_ONLN) counts the CPUs in this list. All
-jails share its inode, and sendfile(2), by which busybox' cat reads, cuts it at the length that was read last. read(2)
-does not.
+jails share its inode, and a copy by way of the page cache, as busybox' cat makes it, ends at the length that was read
+last. read(2) does not.
 """
 _RETIRED = ("proc/stat",)
 """Files of jails that run since an earlier release: the kernel's come back where lxcfs' are dead."""

@@ -234,5 +234,7 @@ def test_debian_takes_what_the_interface_offers(jm: Instance, debian_jail: MakeJ
     assert jm.exec(name, "systemd-creds", "--system", "cat", "greeting").out == "hello"
     listed = jm.exec(name, "systemd-creds", "--system", "--no-legend", "list").out.split()
     assert listed == ["greeting", "secure", "5B", "/run/credentials/@system/greeting"]
+    run = ("systemd-run", "--quiet", "--wait", "--pipe", "--property=LoadCredential=greeting", "sh", "-c")
+    assert jm.exec(name, *run, "cat $CREDENTIALS_DIRECTORY/greeting").out == "hello"
     scope = ("systemd-run", "--quiet", "--scope", "--unit=mine", "sed", "-n", "s/^0:://p", "/proc/self/cgroup")
     assert jm.exec(name, *scope).out == "/system.slice/mine.scope\n"
