@@ -45,7 +45,6 @@ BOUNDING: tuple[str, ...] = tuple(name for name in NAMES if name not in _DROPPED
 """A system container's: what systemd-nspawn leaves, CAP_IPC_LOCK and CAP_CHECKPOINT_RESTORE. CAP_SYS_BOOT stays, for
 without it a reboot can't be told from a poweroff."""
 
-_PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -108,18 +107,16 @@ def drop(keep: list[str] | tuple[str, ...]) -> None:
     Capabilities newer than `NAMES` go too: the kernel says by EINVAL where its own list ends.
     """
     bits, number = mask(keep), 0
-    while number < len(NAMES) or _is_known(number):
-        if not bits >> number & 1 and _is_known(number):
-            prctl(_PR_CAPBSET_DROP, number)
+    while bits >> number & 1 or _dropped(number) or number < len(NAMES):
         number += 1
     prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     _set(bits & permitted())
 
 
-def _is_known(number: int) -> bool:
-    """Whether the kernel has a capability of that number."""
+def _dropped(number: int) -> bool:
+    """Drop a capability from the bounding set; whether the kernel has one of that number."""
     try:
-        prctl(_PR_CAPBSET_READ, number)
+        prctl(_PR_CAPBSET_DROP, number)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

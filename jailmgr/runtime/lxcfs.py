@@ -67,16 +67,24 @@ def open_whole(directory: str) -> int | None:
         return None
 
 
-def open_file(path: str, at: int = kernel.AT_FDCWD, below: str = "") -> int | None:
+def open_file(path: str, below: str) -> int | None:
     """A detached mount of one of `files_of`, of the lxcfs mounted at `below`; None where that has none, or is dead."""
     try:
-        return _detached(f"{below}/{path}", at)
+        return _detached(f"{below}/{path}")
     except OSError:
         return None
 
 
-def _detached(path: str, at: int = kernel.AT_FDCWD) -> int:
-    made = kernel.open_tree(path, at)
+def clone_file(path: str, at: int, below: str) -> int | None:
+    """The same of what `open_whole` returned, attached at `below` of the directory `at`: a clone keeps its flags."""
+    try:
+        return kernel.open_tree(f"{below}/{path}", at)
+    except OSError:
+        return None
+
+
+def _detached(path: str) -> int:
+    made = kernel.open_tree(path)
     try:
         # A clone of a shared mount, as systemd makes all of a host's, would pass on what is mounted on it.
         kernel.mount_setattr(made, _ATTRIBUTES, propagation=kernel.MS_PRIVATE)
@@ -121,7 +129,7 @@ def _renew(init: int, bundle: Bundle, hierarchies: Hierarchies, directory: str) 
     process.shut_imports()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     spaces = _mount_namespaces(members(hierarchies, bundle.cgroup))
-    fresh = {fd: {path: open_file(path, below=directory) for path in files_of(bundle)} for fd in (init, *spaces)}
+    fresh = {fd: {path: open_file(path, directory) for path in files_of(bundle)} for fd in (init, *spaces)}
     kernel.setns(init, kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])

@@ -76,7 +76,7 @@ def populate(root: int, scratch: int, bundle: Bundle, made: Nodes | None, limits
     _new_boot_id(root, scratch)
     if limits_view is not None:
         _show_limits(root, scratch, limits_view, lxcfs.files_of(bundle))
-    os.mkdir("empty", 0o755, dir_fd=scratch)
+    _make_empty(scratch)
     for path in bundle.masked:
         _mask(root, scratch, path.lstrip("/"))
     os.close(scratch)
@@ -159,12 +159,13 @@ def _mount(root: int, mount: Mount) -> None:
 
 
 def _devices(root: int) -> None:
-    for name in DEVICES:
-        node, target = kernel.open_tree(f"/dev/{name}"), _touch(root, f"dev/{name}")
-        kernel.move_mount(node, target)
-        os.close(node)
-        os.close(target)
+    """Bind the host's nodes in the jail's new /dev, which nobody else can write to yet: a name there is no link."""
     dev = _directory(root, "dev")
+    for name in DEVICES:
+        node = kernel.open_tree(f"/dev/{name}")
+        os.mknod(name, stat.S_IFREG | 0o600, dir_fd=dev)
+        kernel.move_mount(node, dev, name)
+        os.close(node)
     for link, target_path in _LINKS.items():
         os.symlink(target_path, link, dir_fd=dev)
     os.close(dev)
@@ -202,23 +203,30 @@ def _show_limits(root: int, scratch: int, limits_view: int, paths: tuple[str, ..
     kernel.move_mount(limits_view, scratch, "lxcfs")
     os.close(limits_view)
     for path in paths:
-        cover, target = lxcfs.open_file(path, scratch, "lxcfs"), _find(root, path)
+        cover, target = lxcfs.clone_file(path, scratch, "lxcfs"), _find(root, path)
         if cover is not None and target is not None:
             kernel.move_mount(cover, target)
         protocol.close_all([fd for fd in (cover, target) if fd is not None])
+
+
+def _make_empty(scratch: int) -> None:
+    """Make the read-only directory that masks are clones of; a clone keeps its flags."""
+    os.mkdir("empty", 0o755, dir_fd=scratch)
+    empty = kernel.open_tree("empty", scratch)
+    kernel.mount_setattr(empty, kernel.MOUNT_ATTR_RDONLY)
+    kernel.move_mount(empty, scratch, "empty")
+    os.close(empty)
 
 
 def _mask(root: int, scratch: int, path: str) -> None:
     target = _find(root, path)
     if target is None:
         return
-    if stat.S_ISDIR(os.fstat(target).st_mode):
-        _cover(target, "empty", scratch)
-    else:
-        cover = kernel.open_tree("/dev/null")
-        kernel.move_mount(cover, target)
-        os.close(cover)
-        os.close(target)
+    folder = stat.S_ISDIR(os.fstat(target).st_mode)
+    cover = kernel.open_tree("empty", scratch) if folder else kernel.open_tree("/dev/null")
+    kernel.move_mount(cover, target)
+    os.close(cover)
+    os.close(target)
 
 
 def _read_only(root: int, path: str) -> None:

@@ -129,9 +129,10 @@ def spawn(
                 protocol.close_all(tasks if leaf is None else [leaf, *tasks])
             _mount_root(pid, bundle)
         stage = staged
+        _lead(ours, pid, bundle, nodes)
         if payload is None:
             host = make_run_host(bundle)
-        _lead(ours, pid, bundle, nodes, host)
+            _hand_over(ours, host)
         meanwhile(pid)
         fds = _hear(ours, "mounted").fds
         console = fds[0] if bundle.terminal and payload is None else None
@@ -182,20 +183,19 @@ def _mount_root(pid: int, bundle: Bundle) -> None:
         os.close(userns)
 
 
-def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node], host: RunHost | None) -> None:
-    """Let the child copy the staging namespace; meanwhile make its network. The mount in `host` is closed.
+def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Node]) -> None:
+    """Let the child copy the staging namespace; meanwhile make its network.
 
-    The child receives `host`'s mount first, then its devices, and last what lxcfs shows, where there are these.
+    The child receives its devices first, and last what lxcfs shows, where there are these.
     """
-    mounts = [] if host is None else [host.mount]
+    mounts: list[int] = []
     try:
         if nodes:
             mounts.append(devices.make(nodes, bundle.idmap_base, bundle.idmap_size))
         limits_view = lxcfs.open_whole(bundle.lxcfs)
         if limits_view is not None:
             mounts.append(limits_view)
-        environment = None if host is None else host.environment
-        protocol.send(ours, {"limits_view": limits_view is not None, "environment": environment}, mounts)
+        protocol.send(ours, {"limits_view": limits_view is not None}, mounts)
     finally:
         protocol.close_all(mounts)
     if bundle.nics:
@@ -207,6 +207,14 @@ def _lead(ours: socket.socket, pid: int, bundle: Bundle, nodes: list[devices.Nod
                     shaping.attach(nic["veth"], nic["shape"])
         finally:
             os.close(netns)
+
+
+def _hand_over(ours: socket.socket, host: RunHost) -> None:
+    """Send /run/host, whose mount is closed, to the child, which attaches it last."""
+    try:
+        protocol.send(ours, {"environment": host.environment}, [host.mount])
+    finally:
+        os.close(host.mount)
 
 
 def _abandon(ours: socket.socket, pid: int) -> JailmgrError | None:
@@ -314,10 +322,8 @@ def _init(
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
     said = _go(sock)
-    mounts, environment = said.fds, said.body["environment"]
-    host = mounts.pop(0) if environment is not None else None
-    limits_view = mounts.pop() if said.body["limits_view"] else None
-    made = rootfs.Nodes(mounts.pop(), nodes) if nodes else None
+    limits_view = said.fds.pop() if said.body["limits_view"] else None
+    made = rootfs.Nodes(said.fds.pop(), nodes) if nodes else None
     kernel.unshare(kernel.CLONE_NEWNS)
     os.setresgid(0, 0, 0)
     os.setgroups([])
@@ -333,8 +339,11 @@ def _init(
     console = rootfs.open_console(root) if bundle.terminal and payload is None else None
     if console is not None:
         shown.append(console.master)
-    if host is not None:
-        rootfs.attach(root, host, RUN_HOST)
+    environment: dict[str, str] = {}
+    if payload is None:
+        said = _go(sock)
+        environment = said.body["environment"]
+        rootfs.attach(root, said.fds[0], RUN_HOST)
     rootfs.enter(root)
     protocol.send(sock, {"step": "mounted"}, shown)
     _go(sock)
