@@ -300,7 +300,7 @@ def test_what_is_not_built_yet_is_not_listed(jm: Instance) -> None:
 
 
 def test_every_command_has_help_with_an_example(jm: Instance) -> None:
-    groups = ("template", "image", "tenant", "port", "engine")
+    groups = ("template", "image", "tenant", "device", "port", "engine")
     listed = [
         line.split()[0] for line in jm("--help").out.partition("Commands:")[2].splitlines() if line.startswith("  ")
     ]
