@@ -9,6 +9,7 @@ import platform
 import threading
 from binascii import b2a_base64
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from jailmgr.config import Root
@@ -251,14 +252,20 @@ def seccomp_filter(root: Root, raw_volume: bool = False, socketcall: bool = Fals
 
     `raw_volume` as in seccomp.default_section, `socketcall` as in seccomp.compile.
     """
-    section = seccomp.default_section(raw_volume=raw_volume)
-    told = json.dumps([section, platform.machine(), platform.release(), *["socketcall"] * socketcall], sort_keys=True)
-    path = f"{root.run}/seccomp/{hashlib.sha256(told.encode()).hexdigest()[:16]}.bpf"
+    path = f"{root.run}/seccomp/{_digest(raw_volume, socketcall)}.bpf"
     if not os.path.exists(path):
-        compiled = seccomp.compile(section, socketcall)
+        compiled = seccomp.compile(seccomp.default_section(raw_volume=raw_volume), socketcall)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         new = f"{path}.{os.getpid()}.{threading.get_ident()}"
         with open(new, "wb") as file:
             file.write(compiled)
         os.rename(new, path)
     return path
+
+
+@cache
+def _digest(raw_volume: bool, socketcall: bool) -> str:
+    """Name a filter by all that it is compiled from, which stays the same while an engine runs."""
+    section = seccomp.default_section(raw_volume=raw_volume)
+    parts = [section, platform.machine(), platform.release(), *["socketcall"] * socketcall]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -127,7 +127,7 @@ def spawn(
             finally:
                 theirs.close()
                 protocol.close_all(tasks if leaf is None else [leaf, *tasks])
-            _mount_root(pid, bundle)
+            _mount_root(ours, pid, bundle)
         stage = staged
         _lead(ours, pid, bundle, nodes)
         if payload is None:
@@ -168,14 +168,15 @@ def _refused(error: OSError) -> JailmgrError:
     return from_os("start", error)
 
 
-def _mount_root(pid: int, bundle: Bundle) -> None:
-    """Write the id maps of the new user namespace, and mount the jail's root by them."""
+def _mount_root(ours: socket.socket, pid: int, bundle: Bundle) -> None:
+    """Write the id maps of the new user namespace, with which the child goes on, and mount the jail's root by them."""
     for kind in ("uid", "gid"):
         fd = os.open(f"/proc/{pid}/{kind}_map", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, f"0 {bundle.idmap_base} {bundle.idmap_size}\n".encode())
         finally:
             os.close(fd)
+    protocol.send(ours, {})
     userns = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     try:
         root_mount.mount(bundle.lower, bundle.volume, userns, bundle.idmap_base)
@@ -321,16 +322,17 @@ def _init(
     proc = apparmor.open_proc(bundle.apparmor)
     cgroups.join_self(tasks)
     kernel.unshare(_LATER)
-    said = _go(sock)
-    limits_view = said.fds.pop() if said.body["limits_view"] else None
-    made = rootfs.Nodes(said.fds.pop(), nodes) if nodes else None
-    kernel.unshare(kernel.CLONE_NEWNS)
+    _go(sock)
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     _start_clocks()
     kernel.sethostname(bundle.hostname)
+    said = _go(sock)
+    limits_view = said.fds.pop() if said.body["limits_view"] else None
+    made = rootfs.Nodes(said.fds.pop(), nodes) if nodes else None
+    kernel.unshare(kernel.CLONE_NEWNS)
     root, scratch = rootfs.assemble()
     rootfs.populate(root, scratch, bundle, made, limits_view)
     if payload is None:
