@@ -11,20 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from jailmgr import claims
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, full_name
+from jailmgr.manager.batches import Batches
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import Pool, close_pool, is_made, open_pool
+from jailmgr.storage.volume import keep_ready
 from jailmgr.store import READY, Row, Store
 
 if TYPE_CHECKING:
     from jailmgr.manager.accounting import Accountant
-    from jailmgr.manager.ahead import Ahead
     from jailmgr.manager.disk_guard import DiskGuard
     from jailmgr.manager.images import Building
     from jailmgr.manager.strangers import Stranger
@@ -39,6 +40,10 @@ Cancelled = Callable[[], bool]
 DEFAULT_TENANT = "default"
 BUILD_TENANT = "_build"
 """Whose jails the builds are; no tenant can have this name."""
+AHEAD_SECONDS = 1.0
+"""Without a new jail, before volumes are made ahead: each commits a transaction, for which a `create` waits."""
+ENDED_SECONDS = 0.2
+"""Without a jail's end, before flows are ended: each look goes through the host's whole table."""
 ADOPT = "Take it back into the store: jailmgr engine stop (jails run on), then jailmgr doctor --fix --adopt."
 """The hint about a jail that is there and that the store does not know (manager/strangers.py)."""
 
@@ -102,7 +107,10 @@ class Manager:
         self.watcher: Watcher | None = None
         self.disk_guard: DiskGuard | None = None
         self.accountant: Accountant | None = None
-        self.ahead: Ahead | None = None
+        self.ahead: Batches[str] | None = None
+        """Makes volumes ahead, over these layers."""
+        self.ended: Batches[tuple[str, str]] | None = None
+        """Ends the flows of jails that have ended, by tenant and name."""
 
     def open(self, autostart: bool = True) -> None:
         """Open the store, finish or undo what a crash left, find the jails that run and watch over them.
@@ -111,8 +119,8 @@ class Manager:
         Raises JailmgrError where the store can't be read, or is gone while its jails are there.
         """
         from jailmgr.manager.accounting import Accountant
-        from jailmgr.manager.ahead import Ahead
         from jailmgr.manager.disk_guard import DiskGuard
+        from jailmgr.manager.networks import end_flows_of
         from jailmgr.manager.reconcile import reconcile
         from jailmgr.manager.strangers import refuse_blank_store
         from jailmgr.manager.watch import Watcher
@@ -129,8 +137,10 @@ class Manager:
             self.store.renew_copy()
             self.disk_guard = DiskGuard(self)
             self.disk_guard.start()
-            self.ahead = Ahead(self)
+            self.ahead = Batches("ahead", AHEAD_SECONDS, self._make_ahead)
             self.ahead.start()
+            self.ended = Batches("ended", ENDED_SECONDS, partial(end_flows_of, self))
+            self.ended.start()
             if self.pool_if_open is not None:
                 for image in self.store.images():
                     self.make_ahead(image.fingerprint)
@@ -149,8 +159,7 @@ class Manager:
         self.watcher.stop()
         if self.disk_guard is not None:
             self.disk_guard.stop()
-        if self.ahead is not None:
-            self.ahead.stop()
+        self._stop_batches()
         if self.accountant is not None:
             self.accountant.stop()
         try:
@@ -165,13 +174,17 @@ class Manager:
         if self.disk_guard is not None:
             self.disk_guard.stop()
             self.disk_guard = None
-        if self.ahead is not None:
-            self.ahead.stop()
-            self.ahead = None
+        self._stop_batches()
         if self.accountant is not None:
             self.accountant.stop()
             self.accountant = None
         self.store.close()
+
+    def _stop_batches(self) -> None:
+        for batches in (self.ahead, self.ended):
+            if batches is not None:
+                batches.stop()
+        self.ahead = self.ended = None
 
     def check_disk(self) -> None:
         """JailmgrError `full` where the host's disk has no room for anything that writes."""
@@ -181,7 +194,17 @@ class Manager:
     def make_ahead(self, image: str) -> None:
         """Have what takes long of the next jail of an image made before somebody waits for it; returns at once."""
         if self.ahead is not None:
-            self.ahead.want(f"{self.root.image(image)}/rootfs")
+            self.ahead.add(f"{self.root.image(image)}/rootfs")
+
+    def _make_ahead(self, layers: set[str]) -> None:
+        if not self.disk_is_full():
+            for layer in layers:
+                keep_ready(self.pool, [layer])
+
+    def end_flows(self, jail: Jail) -> None:
+        """Have the connections of a jail that has ended ended; returns at once. Nothing after `close`."""
+        if self.ended is not None:
+            self.ended.add((jail.tenant, jail.name))
 
     def disk_is_full(self) -> bool:
         return self.disk_guard is not None and self.disk_guard.full

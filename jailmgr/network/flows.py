@@ -76,8 +76,8 @@ def publish(published: Iterable[tuple[Port, Nic]], subnets: Subnets) -> None:
     _delete(_astray(found, ways, subnets))
 
 
-def end(nics: Iterable[Nic], ended: Callable[[], bool]) -> None:
-    """End all flows of a jail's addresses that pass NAT, TCP too, if `ended` still says so after they were listed.
+def end(nics: Sequence[Nic], ended: Callable[[Nic], bool]) -> None:
+    """End all flows of jails' addresses that pass NAT, TCP too, if `ended` still says so after they were listed.
 
     A jail that has been started meanwhile keeps its flows. Raises JailmgrError.
     """
@@ -88,9 +88,10 @@ def end(nics: Iterable[Nic], ended: Callable[[], bool]) -> None:
         # The kernel has no filter by IPv6 address. Few hosts have NAT of IPv6 but ours.
         own = _packed(nic.ipv6)
         filters += [Filter(AF_INET6, IPS_SRC_NAT, source=own), Filter(AF_INET6, IPS_DST_NAT, leads_to=own)]
-    found = conntrack.find(filters) if filters else []
-    if found and ended():
-        _delete(found)
+    if not filters or not (found := conntrack.find(filters)):
+        return
+    dead = {_packed(address) for nic in nics if ended(nic) for address in (nic.ipv4, nic.ipv6)}
+    _delete(flow for flow in found if flow.source in dead or flow.leads_to in dead)
 
 
 def settle(published: Iterable[tuple[Port, Nic]], subnets: Subnets, in_use: Callable[[], Iterable[str]]) -> None:

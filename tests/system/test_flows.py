@@ -146,9 +146,9 @@ def test_answers_do_not_reach_the_next_owner_of_an_address(lan: Lan, version: st
             assert comes(former, stranger, masqueraded)
         with udp(lan.a.netns, own(lan.a, version), 7000) as later:
             assert comes(later, stranger, masqueraded), "the flow outlives its socket"
-            lan.host.run(flows.end, [lan.a.nic], lambda: False)
+            lan.host.run(flows.end, [lan.a.nic], lambda _: False)
             assert comes(later, stranger, masqueraded), "the jail has been started again"
-            lan.host.run(flows.end, [lan.a.nic], lambda: True)
+            lan.host.run(flows.end, [lan.a.nic], lambda _: True)
             assert not comes(later, stranger, masqueraded)
 
 
@@ -207,7 +207,7 @@ def test_an_established_connection_stays(lan: Lan, version: str) -> None:
             client.sendall(b"still here")
             accepted.settimeout(world.WAIT_S)
             assert accepted.recv(100) == b"still here"
-            lan.host.run(flows.end, [lan.a.nic], lambda: True)
+            lan.host.run(flows.end, [lan.a.nic], lambda _: True)
             assert not [flow for flow in lan.host.run(conntrack.find, [Filter()]) if flow.port == 8074], (
                 "its jail ended"
             )
@@ -270,7 +270,9 @@ def test_others_flows_stay(lan: Lan, version: str) -> None:
         assert [flow for flow in held if flow.translated and flow.port == 8076 and flow.leads_port == 9]
         publish(lan, port, lan.b.nic)
         unpublish(lan, port, lan.b.nic)
-        lan.host.run(flows.end, [Nic("eth0", "other", "v", "0a:00:00:00:00:01", "10.99.1.1", "fd99::1")], lambda: True)
+        lan.host.run(
+            flows.end, [Nic("eth0", "other", "v", "0a:00:00:00:00:01", "10.99.1.1", "fd99::1")], lambda _: True
+        )
         assert listed(lan) >= {flow.ident for flow in held}
     finally:
         lan.host.run(world.checked, ["nft", "delete table inet others"])
@@ -346,7 +348,7 @@ def test_a_kernel_without_ctnetlink(lan: Lan, monkeypatch: pytest.MonkeyPatch) -
         publish(lan, port_of(lan.a, 8078), lan.a.nic)
         assert comes(a, client, (HOST4, 8078))
         _settled(lan, [], [])
-        lan.host.run(flows.end, [lan.a.nic], lambda: True)
+        lan.host.run(flows.end, [lan.a.nic], lambda _: True)
         unpublish(lan, port_of(lan.a, 8078), lan.a.nic)
         monkeypatch.undo()
-        lan.host.run(flows.end, [lan.a.nic], lambda: True)
+        lan.host.run(flows.end, [lan.a.nic], lambda _: True)
