@@ -82,7 +82,8 @@ def test_masks_stay(host: Instance, jail: MakeJail) -> None:
 
 def test_proc_and_sys_are_not_shown_without_masks(host: Instance, jail: MakeJail) -> None:
     name = jail()
-    host.sh(name, "mkdir -p /root/m /root/c /root/n/proc")
+    # Private: what is mounted on a copy of a shared mount shows on the mount itself, too.
+    host.sh(name, "mount --make-rprivate / && mkdir -p /root/m /root/c /root/n/proc")
     only_the_profile_forbids(host, name, "mount -t proc proc /root/m")
     only_the_profile_forbids(host, name, "mount -t proc proc /root/c")
     only_the_profile_forbids(host, name, "mount -t sysfs sysfs /root/m")
@@ -107,12 +108,15 @@ def test_proc_and_sys_of_nested_namespaces_hold_the_same(host: Instance, jail: M
 
 
 def test_what_guests_mount_is_let_be(host: Instance, jail: MakeJail) -> None:
-    """As systemd does for its services, and nested containers."""
+    """As systemd does for its services, and nested containers. A copy of / is made a slave: `umount -l` of one that
+    shares its mounts takes away those of / as well, as on every host whose / is shared (mount_namespaces(7)).
+    """
     host.sh(
         jail(),
         "set -e; mkdir -p /root/a/sub /root/b /root/l /root/u /root/w\n"
         "mount -t tmpfs -o nosuid t /root/a; mount -o remount,bind,ro /root/a; mount -o rbind / /root/b\n"
-        "mount -o remount,bind,ro /root/b; mount -o rbind /proc/sys /proc/sys; umount -l /proc/sys\n"
+        "mount --make-rslave /root/b; mount -o remount,bind,ro /root/b\n"
+        "mount -o rbind /proc/sys /proc/sys; umount -l /proc/sys\n"
         "mount -o bind /dev/null /proc/version; umount /proc/version; umount -l /root/b; umount /root/a\n"
         "unshare -Urm mount -t tmpfs t /root/a; unshare -mpf sh -c 'mount -t proc proc /proc && test -d /proc/1'",
     )
