@@ -1,7 +1,7 @@
 """What an init does on signals: defaults of `[init]` by the program that the image's init is.
 
 An init is known by the file that `[init] command` leads to, by links (`/sbin/init` to `/lib/systemd/systemd`). A file
-that is called `init` itself tells nothing: sysvinit's halts on no signal unless its inittab says so (inittab(5)), and
+that is called `init` itself shows nothing: sysvinit's halts on no signal unless its inittab says so (inittab(5)), and
 other inits are scripts. A template with one of these says its `stop_signal` itself.
 """
 
