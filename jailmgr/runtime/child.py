@@ -26,6 +26,13 @@ def told(error: JailmgrError) -> dict[str, Any]:
     return {"error": error.as_dict()}
 
 
+def _send_signal(pidfd: int, number: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return
+
+
 class Child:
     """Its control socket, and its pidfd once it is known."""
 
@@ -35,6 +42,8 @@ class Child:
         self._enterer, self._enterer_pid = os.pidfd_open(enterer), enterer
         self.pidfd, self._pid = -1, 0
         self.signalled = False
+        self._early_signals: list[int] = []
+        """Those that came before the program's pid."""
         self._failed: dict[str, Any] | None = None
         self._finished = False
         self._early: Exit | None = None
@@ -49,7 +58,7 @@ class Child:
         """A program that runs, begun by the release before (runtime/reexec.py)."""
         child = cls.__new__(cls)
         child._session, child._control, child._enterer, child._early = session, None, -1, None
-        child._finished = False
+        child._finished, child._early_signals = False, []
         child._loop, child._reaper = session.supervisor.loop, session.supervisor.host.reaper
         child.pidfd, child._pid, child.signalled, child._failed = pidfd, pid_of(pidfd), signalled, None
         child._loop.watch(pidfd, lambda _: child._ended())
@@ -61,14 +70,18 @@ class Child:
         return self.pidfd >= 0 and self._enterer < 0 and self._control is None and self._failed is None
 
     def signal(self, number: int) -> None:
-        """Before there is a program the enterer takes it: a guest that has frozen `.exec` would keep that for ever."""
+        """Before there is a program the enterer takes it: a guest that has frozen `.exec` would keep that for ever.
+
+        The program may run already: the enterer blocks signals from before it makes the program until it has reported
+        the pid, and then the program gets those that came too early. SIGKILL cannot be blocked.
+        """
         self.signalled = True
-        target = self.pidfd if self.pidfd >= 0 else self._enterer
-        if target >= 0:
-            try:
-                signal.pidfd_send_signal(target, number)
-            except ProcessLookupError:
-                return
+        if self.pidfd >= 0:
+            _send_signal(self.pidfd, number)
+            return
+        self._early_signals.append(number)
+        if self._enterer >= 0:
+            _send_signal(self._enterer, signal.SIGTERM if number == signal.SIGKILL else number)
 
     def _entered(self) -> None:
         """The enterer has ended: what it said is there to read."""
@@ -81,7 +94,8 @@ class Child:
         if self.pidfd >= 0:
             return
         if self._early is None and self.signalled and how is not None and how.code != os.CLD_EXITED:
-            self._early = how
+            killed = signal.SIGKILL in self._early_signals
+            self._early = Exit(os.CLD_KILLED, signal.SIGKILL) if killed else how
         self._finish(self._early)
 
     def _control_ready(self, _: int) -> None:
@@ -125,6 +139,8 @@ class Child:
             return
         self.pidfd, self._pid = pidfd, pid
         self._loop.watch(pidfd, lambda _: self._ended())
+        for number in self._early_signals:
+            _send_signal(pidfd, number)
 
     def _offer_terminal(self, fds: list[int]) -> None:
         try:

@@ -14,7 +14,7 @@ import socket
 import stat
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.runtime import apparmor, cgroups, process, protocol
@@ -23,6 +23,11 @@ from jailmgr.runtime.bundle import Bundle
 from jailmgr.runtime.cgroup_exec import exec_leaves
 from jailmgr.runtime.cgroups import Hierarchies
 from jailmgr.runtime.pty import make_controlling, open_pty
+
+if TYPE_CHECKING:
+    import signal as _signal
+else:
+    import _signal
 
 _ALL_NAMESPACES = (
     kernel.CLONE_NEWUSER
@@ -130,8 +135,11 @@ def _enterer(
     os.setgroups([])
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    # A signal between these would end us, and nobody would know the program's pid (runtime/child.py).
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
     pid = kernel.clone(kernel.CLONE_PARENT)
     if pid == 0:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         process.trap("exec", partial(protocol.send, sock), lambda: work(sock, proc))
     protocol.send(sock, {"pid": pid})
 
