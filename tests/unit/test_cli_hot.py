@@ -286,8 +286,8 @@ def test_glance_sees_how_errors_are_wanted(form: str, seen: tuple[str, bool, boo
 
 
 COSTLY = (
-    "asyncio", "click", "contextlib", "enum", "json", "msgspec", "pydantic", "re", "rich", "signal", "socket",
-    "subprocess", "typer", "typing",
+    "asyncio", "click", "collections", "contextlib", "enum", "json", "msgspec", "pydantic", "re", "rich", "signal",
+    "socket", "subprocess", "typer", "typing",
 )  # fmt: skip
 """Each costs a command more than its own work; `typing` alone as much as the interpreter."""
 
