@@ -45,6 +45,7 @@ IDS = 1 << 20
 CONNECTIONS_MAX = 16384
 """The kernel goes through all that it has counted as it counts another: 2 ms for so many, 25 for four times as many."""
 
+KEYCTL = "security.syscalls.allow_keyctl"
 SOCKETCALL = "security.syscalls.allow_socketcall"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}\Z", re.ASCII)
@@ -98,6 +99,13 @@ CONFIG: dict[str, Key] = {
     ),
     "restart": Key(
         one_of("no", "on-failure", "always"), False, "Start anew when init ends by itself: no, on-failure or always."
+    ),
+    KEYCTL: Key(
+        truth,
+        False,
+        "`true`: the jail may have kernel keys (keyrings(7)), as Kerberos' and fscrypt's. They are in no memory limit "
+        "(docs/security.md). Only root may set it.",
+        root=True,
     ),
     SOCKETCALL: Key(
         truth,

@@ -14,7 +14,7 @@ from jailmgr.keys import IDS, IDS_MIN
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import BUILD_TENANT as TENANT
 from jailmgr.manager.host import Cancelled, Manager
-from jailmgr.manager.plan import cgroup_of, seccomp_filter
+from jailmgr.manager.plan import Calls, cgroup_of, seccomp_filter
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.bundle import Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.state import remove_state
@@ -63,7 +63,7 @@ def run_in_build(m: Manager, name: str, target: str, idmap: tuple[int, int], can
             environment=environment,
             terminal=False,
             limits=LIMITS,
-            seccomp=seccomp_filter(m.root, raw_volume=True),
+            seccomp=seccomp_filter(m.root, Calls(raw_volume=True)),
             apparmor=ensure_profile(m.root),
         )
         save_bundle(lib, compile_bundle(plan))

@@ -10,12 +10,12 @@ import threading
 from binascii import b2a_base64
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.key_checks import parse_base64, parse_bool
-from jailmgr.keys import BINARY_CREDENTIAL, SOCKETCALL, TEXT_CREDENTIAL, Config, Devices
+from jailmgr.keys import BINARY_CREDENTIAL, KEYCTL, SOCKETCALL, TEXT_CREDENTIAL, Config, Devices
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import keep
@@ -178,6 +178,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
     variables = {
         key.removeprefix("environment."): value for key, value in jail.config.items() if key.startswith("environment.")
     }
+    calls = _calls(jail)
     return Plan(
         tenant=jail.tenant,
         jail=jail.name,
@@ -198,7 +199,8 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         dns=[address.partition("/")[0] for network, _ in networks[:1] for address in (network.ipv4, network.ipv6)],
         domain=DOMAIN,
         limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
-        seccomp=seccomp_filter(m.root, socketcall=parse_bool(jail.config.get(SOCKETCALL, "false"))),
+        seccomp=seccomp_filter(m.root, calls),
+        keyctl=calls.keyctl,
         apparmor=ensure_profile(m.root),
         oom_score_adj=image.recipe.oom_score_adj,
         lxcfs=m.root.lxcfs,
@@ -247,14 +249,26 @@ def write_bundle(m: Manager, jail: Jail, stopped: bool = False) -> str:
     return directory
 
 
-def seccomp_filter(root: Root, raw_volume: bool = False, socketcall: bool = False) -> str:
-    """The file of the compiled filter, made once for each deny list, libseccomp and architecture.
+class Calls(NamedTuple):
+    """What differs between filters: `raw_volume` and `keyctl` as in seccomp.default_section, `socketcall` as in
+    seccomp.compile."""
 
-    `raw_volume` as in seccomp.default_section, `socketcall` as in seccomp.compile.
-    """
-    path = f"{root.run}/seccomp/{_digest(raw_volume, socketcall)}.bpf"
+    raw_volume: bool = False
+    keyctl: bool = False
+    socketcall: bool = False
+
+
+def _calls(jail: Jail) -> Calls:
+    opened = {key: parse_bool(jail.config.get(key, "false")) for key in (KEYCTL, SOCKETCALL)}
+    return Calls(keyctl=opened[KEYCTL], socketcall=opened[SOCKETCALL])
+
+
+def seccomp_filter(root: Root, calls: Calls) -> str:
+    """The file of the compiled filter, made once for each deny list, libseccomp and architecture."""
+    path = f"{root.run}/seccomp/{_digest(calls)}.bpf"
     if not os.path.exists(path):
-        compiled = seccomp.compile(seccomp.default_section(raw_volume=raw_volume), socketcall)
+        section = seccomp.default_section(raw_volume=calls.raw_volume, keyctl=calls.keyctl)
+        compiled = seccomp.compile(section, calls.socketcall)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         new = f"{path}.{os.getpid()}.{threading.get_ident()}"
         with open(new, "wb") as file:
@@ -264,8 +278,8 @@ def seccomp_filter(root: Root, raw_volume: bool = False, socketcall: bool = Fals
 
 
 @cache
-def _digest(raw_volume: bool, socketcall: bool) -> str:
+def _digest(calls: Calls) -> str:
     """Name a filter by all that it is compiled from, which stays the same while an engine runs."""
-    section = seccomp.default_section(raw_volume=raw_volume)
-    parts = [section, platform.machine(), platform.release(), *["socketcall"] * socketcall]
+    section = seccomp.default_section(raw_volume=calls.raw_volume, keyctl=calls.keyctl)
+    parts = [section, platform.machine(), platform.release(), *["socketcall"] * calls.socketcall]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -56,6 +56,8 @@ class Plan(NamedTuple):
     limits: Limits = Limits()
     seccomp: str = ""
     """File of the compiled `linux.seccomp` section; empty for none."""
+    keyctl: bool = False
+    """As in seccomp.default_section."""
     apparmor: str = ""
     """Name of the loaded AppArmor profile; empty where the host has none."""
     oom_score_adj: int = 0
@@ -179,7 +181,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
             ],
             "cgroupsPath": f"/{plan.cgroup}",
             "resources": _resources(plan.limits),
-            "seccomp": seccomp.default_section(raw_volume=not plan.lower),
+            "seccomp": seccomp.default_section(raw_volume=not plan.lower, keyctl=plan.keyctl),
             "maskedPaths": list(MASKED),
             "readonlyPaths": list(READONLY),
         },

@@ -42,6 +42,10 @@ _NOT_IMPLEMENTED = (
     "vm86", "vm86old",
 )  # fmt: skip
 
+_KEYRINGS = ("add_key", "keyctl", "request_key")
+"""Keys are bounded for each id and counted in no memory limit (keyrings(7)); a jail has a million ids. Programs know
+kernels without CONFIG_KEYS, hence ENOSYS."""
+
 _FAMILIES = (1, 2, 10, 16, 17)
 """AF_UNIX, AF_INET, AF_INET6, AF_NETLINK and AF_PACKET (linux/socket.h); DHCP clients and servers need the last.
 
@@ -96,11 +100,11 @@ _MOST_INSTRUCTIONS = 4096
 _INSTRUCTION_BYTES = 8
 
 
-def default_section(machine: str = "", raw_volume: bool = False) -> dict[str, Any]:
+def default_section(machine: str = "", raw_volume: bool = False, keyctl: bool = False) -> dict[str, Any]:
     """A system container's section for `machine` (as uname(2) says it; empty: this one).
 
     `raw_volume`: the jail writes to the volume itself and not through an overlay, so that btrfs ioctls are refused: by
-    them a subvolume can leave its quota group (BTRFS_IOC_SUBVOL_CREATE_V2).
+    them a subvolume can leave its quota group (BTRFS_IOC_SUBVOL_CREATE_V2). `keyctl`: the jail may have kernel keys.
 
     32-bit x86 programs that make sockets by socketcall(2) can make none, since its family is behind a pointer and
     libseccomp refuses it whole (`compile` has a way past it); glibc's do so, direct calls (Go, musl) are not touched.
@@ -119,6 +123,8 @@ def default_section(machine: str = "", raw_volume: bool = False) -> dict[str, An
         ),
         *(_refuse(["ioctl"], errno.EPERM, (1, _INT, number)) for number in _TTY_IOCTLS),
     ]
+    if not keyctl:
+        calls.append(_refuse(list(_KEYRINGS), errno.ENOSYS))
     if raw_volume:
         calls += [_refuse(["ioctl"], errno.EPERM, (1, mask, value)) for mask, value in btrfs_patterns()]
     return {

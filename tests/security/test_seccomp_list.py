@@ -30,6 +30,7 @@ x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the second c
 ALWAYS = {
     "bpf", "clock_settime", "init_module", "finit_module", "delete_module", "io_uring_setup", "io_uring_enter",
     "kexec_file_load", "open_by_handle_at", "perf_event_open", "swapon", "syslog", "userfaultfd", "kexec_load",
+    "add_key", "keyctl", "request_key",
 }  # fmt: skip
 """Calls that the list may not lose."""
 

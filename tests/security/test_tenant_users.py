@@ -125,11 +125,11 @@ def test_devices_of_the_host_are_roots_alone(jm: Instance, tenant: str) -> None:
         with connected(jm, ALICE) as sock:
             answer = ask(sock, "POST", f"/1.0/instances?project={tenant}", body)
         assert (answer["error_code"], answer["metadata"]["code"]) == (403, "denied"), answer
-    key = "security.syscalls.allow_socketcall"
-    denied = f"Error: key {key}: only root may set or unset it\n"
-    assert run_as(jm, ALICE, "set", web, f"{key}=true", status=1).err.startswith(denied)
-    jm("set", web, f"{key}=false")
-    assert run_as(jm, ALICE, "unset", web, key, status=1).err.startswith(denied)
+    for key in ("security.syscalls.allow_socketcall", "security.syscalls.allow_keyctl"):
+        denied = f"Error: key {key}: only root may set or unset it\n"
+        assert run_as(jm, ALICE, "set", web, f"{key}=true", status=1).err.startswith(denied)
+        jm("set", web, f"{key}=false")
+        assert run_as(jm, ALICE, "unset", web, key, status=1).err.startswith(denied)
     run_as(jm, ALICE, "set", web, "limits.memory=64MiB")
     run_as(jm, ALICE, "restart", "--force", web)
     assert run_as(jm, ALICE, "exec", web, "--", "stat", "-c", "%a %t:%T", "/dev/knob").out == "660 a:ed\n"

@@ -24,6 +24,7 @@ from tests.system.instance import Instance
 
 CLONE_NEWUSER, CLONE_NEWTIME = 0x10000000, 0x80
 CLOCK_REALTIME, ADJ_OFFSET = 0, 1
+ALLOW = "security.syscalls.allow_keyctl"
 KEYCTL_READ, KEYCTL_LINK, KEYCTL_SEARCH, KEYCTL_DESCRIBE, KEYCTL_GET_PERSISTENT, KEYCTL_CHOWN, KEYCTL_REVOKE = (
     11, 8, 10, 6, 22, 4, 3,
 )  # fmt: skip
@@ -92,26 +93,50 @@ def needs_keyrings() -> None:
         pytest.skip("the kernel has no keyrings")
 
 
+def allow(jm: Instance, jail: str) -> None:
+    jm("set", jail, f"{ALLOW}=true")
+    jm("restart", "--force", jail)
+
+
+@pytest.fixture
+def holder(new_instance: Callable[[], Instance], tmp_path: Path) -> Guest:
+    """A jail that may have keys."""
+    found = Guest(new_instance(), "holder", tmp_path)
+    found.jm("launch", "busybox", "holder")
+    allow(found.jm, "holder")
+    return found
+
+
+def test_a_jail_has_no_keys(guest: Guest) -> None:
+    """They are in no memory limit. Mechanism: seccomp; programs take it for a kernel without keyrings."""
+    calls = ("keyctl", KEYCTL_JOIN, 0), ("add_key", "user", "a", "b", 1, SESSION), ("request_key", "user", "a", 0, 0)
+    assert guest.ask(*calls) == ["ENOSYS"] * 3
+    if os.uname().machine == "x86_64":  # asm/unistd_32.h
+        assert guest.ask((286, 0, 0, 0, 0), (287, 0, 0, 0), (288, 0, 0), old=True) == ["ENOSYS"] * 3
+
+
 @pytest.mark.usefixtures("needs_keyrings")
-def test_keys_of_the_host_are_not_there(guest: Guest) -> None:
+def test_keys_of_the_host_are_not_there(holder: Guest) -> None:
     """Mechanism: a session keyring made before the exec, so that the caller's, which would give possession, isn't
     inherited; a key's owner has no id in the jail.
     """
     with host_key() as key:
         for call in (KEYCTL_READ, KEYCTL_DESCRIBE):
-            assert guest.ask(("keyctl", call, key, Buffer(100), 100)) == ["EACCES"]
-        assert guest.ask(("keyctl", KEYCTL_LINK, key, SESSION)) == ["EACCES"]
-        assert guest.ask(("keyctl", KEYCTL_CHOWN, key, 0, 0))[0] in ("EACCES", "EPERM")
-        assert guest.ask(("keyctl", KEYCTL_REVOKE, key)) == ["EACCES"]
+            assert holder.ask(("keyctl", call, key, Buffer(100), 100)) == ["EACCES"]
+        assert holder.ask(("keyctl", KEYCTL_LINK, key, SESSION)) == ["EACCES"]
+        assert holder.ask(("keyctl", KEYCTL_CHOWN, key, 0, 0))[0] in ("EACCES", "EPERM")
+        assert holder.ask(("keyctl", KEYCTL_REVOKE, key)) == ["EACCES"]
         for ring in (SESSION, USER, USER_SESSION):
-            assert guest.ask(("keyctl", KEYCTL_SEARCH, ring, "user", SECRET, 0)) == ["ENOKEY"], ring
-        assert guest.ask(("request_key", "user", SECRET, 0, 0)) == ["ENOKEY"]
-        assert SECRET not in guest.sh("cat /proc/keys 2>/dev/null; umount /proc/keys 2>/dev/null; cat /proc/keys", None)
-        nested = guest.ask(("unshare", CLONE_NEWUSER), ("keyctl", KEYCTL_READ, key, Buffer(100), 100))
+            assert holder.ask(("keyctl", KEYCTL_SEARCH, ring, "user", SECRET, 0)) == ["ENOKEY"], ring
+        assert holder.ask(("request_key", "user", SECRET, 0, 0)) == ["ENOKEY"]
+        assert SECRET not in holder.sh(
+            "cat /proc/keys 2>/dev/null; umount /proc/keys 2>/dev/null; cat /proc/keys", None
+        )
+        nested = holder.ask(("unshare", CLONE_NEWUSER), ("keyctl", KEYCTL_READ, key, Buffer(100), 100))
         assert nested == [OK, "EACCES"]
         for uid in (0, 65535):
-            assert guest.ask(("keyctl", KEYCTL_GET_PERSISTENT, uid, SESSION))[0] in (OK, "EOPNOTSUPP", "EPERM")
-        persistent = guest.ask(
+            assert holder.ask(("keyctl", KEYCTL_GET_PERSISTENT, uid, SESSION))[0] in (OK, "EOPNOTSUPP", "EPERM")
+        persistent = holder.ask(
             ("keyctl", KEYCTL_GET_PERSISTENT, 0, SESSION), ("keyctl", KEYCTL_SEARCH, SESSION, "user", SECRET, 0)
         )
         assert persistent[1] == "ENOKEY"
@@ -132,18 +157,21 @@ def test_the_callers_session_keyring_is_not_inherited(new_instance: Callable[[],
 
     with instance.popen("launch", "busybox", "keyless", preexec_fn=with_a_key, stdout=subprocess.DEVNULL) as launch:
         assert launch.wait(60) == 0
+    allow(instance, "keyless")
     keyless = Guest(instance, "keyless", guest.programs)
     assert keyless.ask(("keyctl", KEYCTL_SEARCH, SESSION, "user", SECRET, 0)) == ["ENOKEY"]
 
 
 @pytest.mark.usefixtures("needs_keyrings")
-def test_keys_of_another_jail_are_not_there(jm: Instance, guest: Guest, busybox_jail: MakeJail) -> None:
+def test_keys_of_another_jail_are_not_there(holder: Guest) -> None:
     """Mechanism: another jail's keys are owned by ids of its own range, in keyrings of its own user namespace."""
-    other = Guest(jm, busybox_jail(), guest.programs)
+    other = Guest(holder.jm, "other", holder.programs)
+    other.jm("launch", "busybox", "other")
+    allow(other.jm, "other")
     said = other.run("ask", stdin=f"{number('keyctl') - 2} s:user s:{SECRET} s:of-another-jail 15 {USER}\n")
     key = int(said.split()[0])
     assert key > 0
     assert other.ask(("keyctl", KEYCTL_SEARCH, USER, "user", SECRET, 0)) == [OK], "its own"
     for call in (KEYCTL_READ, KEYCTL_DESCRIBE, KEYCTL_REVOKE):
-        assert guest.ask(("keyctl", call, key, Buffer(100), 100)) == ["EACCES"]
-    assert guest.ask(("keyctl", KEYCTL_SEARCH, USER, "user", SECRET, 0)) == ["ENOKEY"]
+        assert holder.ask(("keyctl", call, key, Buffer(100), 100)) == ["EACCES"]
+    assert holder.ask(("keyctl", KEYCTL_SEARCH, USER, "user", SECRET, 0)) == ["ENOKEY"]
