@@ -8,6 +8,10 @@ import msgspec
 
 from jailmgr.errors import full_name
 
+DEFAULT_TENANT = "default"
+BUILD_TENANT = "_build"
+"""Whose jails the builds are; no tenant can have this name."""
+
 
 class Recipe(msgspec.Struct, frozen=True):
     """What an image tells of how its jails are run; it comes from the template."""

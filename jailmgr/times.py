@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import UTC, datetime, timedelta, timezone
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -52,3 +53,8 @@ def _zone(text: str | None) -> timezone | None:
         return UTC
     minutes = int(text[1:3]) * 60 + int(text[4:6])
     return timezone(timedelta(minutes=-minutes if text[0] == "-" else minutes))
+
+
+def rfc3339(at: float) -> str:
+    """Seconds since the epoch as RFC 3339, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))

@@ -15,8 +15,8 @@ from typing import Any
 
 from jailmgr.engine.answers import as_jailmgr_error
 from jailmgr.errors import STATUS, JailmgrError
-from jailmgr.manager.host import Cancelled, CancelledError, Progress
-from jailmgr.manager.view import rfc3339
+from jailmgr.progress import Cancelled, CancelledError, Progress
+from jailmgr.times import rfc3339
 
 KEPT_SECONDS = 300.0
 """How long an operation can be asked for after its end."""

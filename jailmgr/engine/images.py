@@ -9,7 +9,7 @@ from jailmgr.engine.answers import accepted, done
 from jailmgr.engine.instances import Source
 from jailmgr.engine.requests import Body, begin, body_of, call, engine_of, own_all
 from jailmgr.manager import images
-from jailmgr.manager.host import Cancelled, Progress
+from jailmgr.progress import Cancelled, Progress
 
 
 class NewImage(Body, frozen=True):

@@ -14,8 +14,9 @@ from jailmgr.engine.requests import Body, begin, body_of, call, caller_of, engin
 from jailmgr.errors import full_name
 from jailmgr.keys import check_name
 from jailmgr.manager import configure, create, delete, start, stop, view
-from jailmgr.manager.host import Cancelled, Manager, Progress
+from jailmgr.manager.host import Manager
 from jailmgr.model import JailInfo
+from jailmgr.progress import Cancelled, Progress
 from jailmgr.runtime.logs import shown
 
 STATUS_CODE = {"Running": 103, "Stopped": 102, "Frozen": 110, "Error": 112}

@@ -18,7 +18,8 @@ from jailmgr.engine.callers import OPERATIONS_EACH
 from jailmgr.engine.door import Door
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.access import Caller, tenants_of
-from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.host import Manager
+from jailmgr.model import DEFAULT_TENANT
 
 BODY_MAX = 1024 * 1024
 """Bytes of a request's body."""

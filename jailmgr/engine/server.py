@@ -11,7 +11,7 @@ from jailmgr import __version__
 from jailmgr.engine.answers import done
 from jailmgr.engine.requests import call, engine_of
 from jailmgr.manager.boot import start_wanted
-from jailmgr.manager.view import rfc3339
+from jailmgr.times import rfc3339
 
 
 async def versions(_request: Request) -> Response:

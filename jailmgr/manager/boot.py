@@ -17,11 +17,11 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.key_checks import parse_bool
 from jailmgr.keys import Config
-from jailmgr.manager.host import BUILD_TENANT, Manager
+from jailmgr.manager.host import Manager
 from jailmgr.manager.reconcile import attempt
 from jailmgr.manager.start import boot
 from jailmgr.manager.view import running
-from jailmgr.model import Jail, Recipe
+from jailmgr.model import BUILD_TENANT, Jail, Recipe
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.jsonfile import read_json, write_json

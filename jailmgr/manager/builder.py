@@ -12,9 +12,10 @@ from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.keys import IDS, IDS_MIN
 from jailmgr.manager.apparmor import ensure_profile
-from jailmgr.manager.host import BUILD_TENANT as TENANT
-from jailmgr.manager.host import Cancelled, Manager
+from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import Calls, cgroup_of, seccomp_filter
+from jailmgr.model import BUILD_TENANT as TENANT
+from jailmgr.progress import Cancelled
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.bundle import Limits, Plan, compile_bundle, save_bundle
 from jailmgr.runtime.state import remove_state

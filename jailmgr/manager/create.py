@@ -16,7 +16,7 @@ from jailmgr.manager.admission import admit, check_restricted, check_source_allo
 from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.delete import delete, finish_delete
 from jailmgr.manager.files import Rendered, write_files
-from jailmgr.manager.host import Cancelled, CancelledError, Manager, Progress, never, quiet
+from jailmgr.manager.host import Manager
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
 from jailmgr.manager.nodes import check_nodes
@@ -27,6 +27,7 @@ from jailmgr.manager.strangers import check_free
 from jailmgr.manager.tenants import check_tenant, ensure_tenant
 from jailmgr.manager.totals import hold_volumes
 from jailmgr.model import Image, Jail
+from jailmgr.progress import Cancelled, CancelledError, Progress, never, quiet
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import create_volume

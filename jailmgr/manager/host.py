@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -32,36 +32,12 @@ if TYPE_CHECKING:
     from jailmgr.manager.watch import Watcher
     from jailmgr.model import JailView
 
-Progress = Callable[[str, int, int], None]
-"""Told of a step's name (for a person), how much is done, and of how much (0: not known)."""
-Cancelled = Callable[[], bool]
-"""Asked now and then whether to give up."""
-
-DEFAULT_TENANT = "default"
-BUILD_TENANT = "_build"
-"""Whose jails the builds are; no tenant can have this name."""
 AHEAD_SECONDS = 1.0
 """Without a new jail, before volumes are made ahead: each commits a transaction, for which a `create` waits."""
 ENDED_SECONDS = 0.2
 """Without a jail's end, before flows are ended: each look goes through the host's whole table."""
 ADOPT = "Take it back into the store: jailmgr engine stop (jails run on), then jailmgr doctor --fix --adopt."
 """The hint about a jail that is there and that the store does not know (manager/strangers.py)."""
-
-
-class CancelledError(JailmgrError):
-    """The operation was given up because its caller wanted so; what it had done has been undone."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what, "cancelled", "", "conflict")
-
-
-def quiet(_step: str, _done: int, _total: int) -> None:
-    """A Progress that tells nobody."""
-
-
-def never() -> bool:
-    """A Cancelled that doesn't."""
-    return False
 
 
 class Manager:

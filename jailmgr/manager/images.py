@@ -16,10 +16,11 @@ from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
 from jailmgr.key_checks import near_miss
 from jailmgr.manager.builder import claim_idmap, remove_build, run_in_build
-from jailmgr.manager.host import ADOPT, Cancelled, CancelledError, Manager, Progress, never, quiet
+from jailmgr.manager.host import ADOPT, Manager
 from jailmgr.manager.strangers import image_of_stranger
 from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
 from jailmgr.model import Image
+from jailmgr.progress import Cancelled, CancelledError, Progress, never, quiet
 from jailmgr.storage.pool import pool_usage
 from jailmgr.storage.volume import create_build
 from jailmgr.template.build import Built, build_image, describe, plan_build

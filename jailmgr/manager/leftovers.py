@@ -15,8 +15,8 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.manager import lxcfs
 from jailmgr.manager.adoption import adopt_all
-from jailmgr.manager.host import BUILD_TENANT, Manager
-from jailmgr.model import Jail
+from jailmgr.manager.host import Manager
+from jailmgr.model import BUILD_TENANT, Jail
 from jailmgr.network import bridge, dns, firewall, shaping
 from jailmgr.runtime import cgroups, netlink
 from jailmgr.runtime.shaping import DIRECTIONS

@@ -16,10 +16,10 @@ import msgspec
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import kept
-from jailmgr.manager.host import ADOPT, BUILD_TENANT, Manager
+from jailmgr.manager.host import ADOPT, Manager
 from jailmgr.manager.kept import OnDisk
 from jailmgr.manager.plan import cgroup_of
-from jailmgr.model import Jail, Network, Nic
+from jailmgr.model import BUILD_TENANT, Jail, Network, Nic
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up

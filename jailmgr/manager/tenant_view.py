@@ -7,17 +7,17 @@ from typing import Any
 
 from jailmgr.manager.accounting import usage
 from jailmgr.manager.admission import allocated, totals_of
-from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.host import Manager
 from jailmgr.manager.metering import Amounts as UsedInSpan
 from jailmgr.manager.metering import UsageRecord
 from jailmgr.manager.tenants import ensure_tenant
 from jailmgr.manager.totals import group_of
-from jailmgr.manager.view import rfc3339
-from jailmgr.model import Amounts, JailBilled, Tenant, TenantBilled, TenantView, Used
+from jailmgr.model import DEFAULT_TENANT, Amounts, JailBilled, Tenant, TenantBilled, TenantView, Used
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.storage.volume import tenant_usage
 from jailmgr.tenant_keys import parse_list
+from jailmgr.times import rfc3339
 
 LOOK_SECONDS = 0.2
 """CPU time of less than that makes no mean."""

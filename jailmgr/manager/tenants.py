@@ -15,14 +15,14 @@ from jailmgr import claims
 from jailmgr.errors import JailmgrError
 from jailmgr.keys import check_name
 from jailmgr.manager.admission import admit_totals
-from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.networks import claim_key, limit_total_connections, take_down_one, total_connections
 from jailmgr.manager.plan import tenant_limits
 from jailmgr.manager.shaping import apply_tenant_rates, take_down_tenant
 from jailmgr.manager.strangers import check_tenant_free
 from jailmgr.manager.totals import change_totals, group_of, rewrite_bundles
-from jailmgr.model import Tenant
+from jailmgr.model import DEFAULT_TENANT, Tenant
 from jailmgr.network.shaping import rates_of
 from jailmgr.runtime import cgroups
 from jailmgr.storage.pool import is_made

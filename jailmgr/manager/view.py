@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
 
 from jailmgr.errors import JailmgrError
-from jailmgr.manager.host import DEFAULT_TENANT, Manager
+from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import cgroup_of, cpus_of, disk_of, limits_of
 from jailmgr.manager.ports import ports_of
-from jailmgr.model import Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
+from jailmgr.model import DEFAULT_TENANT, Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
 from jailmgr.runtime import apparmor, cgroups
 from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process, waits
 from jailmgr.storage.volume import committed_usage, volume_usage
 from jailmgr.store import DELETING, READY, RENAMING, Row
+from jailmgr.times import rfc3339
 
 
 class ImageView(msgspec.Struct, frozen=True):
@@ -49,11 +49,6 @@ class NetworkView(msgspec.Struct, frozen=True):
     ipv6: str
     bridge: str
     jails: int
-
-
-def rfc3339(at: float) -> str:
-    """Seconds since the epoch as RFC 3339, in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
 def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:

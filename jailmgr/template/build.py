@@ -16,6 +16,7 @@ import msgspec
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
 from jailmgr.model import CreateFile, Recipe
+from jailmgr.progress import Cancelled, CancelledError, Progress
 from jailmgr.template import busybox, debootstrap, inits, tree
 from jailmgr.template.apt_sources import (
     Mirrors,
@@ -25,7 +26,7 @@ from jailmgr.template.apt_sources import (
     read_sources,
     without_credentials,
 )
-from jailmgr.template.debootstrap import ARCHITECTURES, Cancelled, Interaction, Progress
+from jailmgr.template.debootstrap import ARCHITECTURES, Interaction
 from jailmgr.template.log import BuildLog
 from jailmgr.template.recipe import Build, File
 from jailmgr.template.render import Context, render
@@ -130,14 +131,14 @@ def build_image(
 
     The log is kept at `log_path`, the .debs below `cache_dir`. No process is left running.
     Raises JailmgrError: `full` (disk or quota), `unavailable` (no network, or the host lacks something),
-    `conflict` when cancelled, `invalid`, `failed`.
+    `invalid`, `failed`; CancelledError.
     """
     log = BuildLog(log_path)
     try:
         work = _Work(root, build, target, run, cache_dir, log, progress, cancelled)
         for step in plan_build(build):
             if cancelled():
-                raise JailmgrError(work.what, "cancelled", "", "conflict")
+                raise CancelledError(work.what)
             work.carry_out(step)
         with tree.open_tree(target) as top:
             check_init(top, build)
@@ -224,14 +225,14 @@ class _Work:
         def output(data: bytes) -> None:
             reader.feed(data)
             if self.cancelled():
-                raise JailmgrError(self.what, "cancelled", "", "conflict")
+                raise CancelledError(self.what)
 
         if step.argv is not debootstrap.SECOND_STAGE:
             self.progress("Running the template's steps", 0, 0)
         status = self.run(step.argv, step.env, output)
         reader.finish()
         if self.cancelled():
-            raise JailmgrError(self.what, "cancelled", "", "conflict")
+            raise CancelledError(self.what)
         if status != 0:
             why = reader.error or (self.log.tail[-1] if self.log.tail else "")
             if step.argv is debootstrap.SECOND_STAGE:

@@ -14,18 +14,16 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from jailmgr.errors import JailmgrError
+from jailmgr.progress import Cancelled, CancelledError, Progress
 from jailmgr.runtime.mount_namespace import enter_own
 from jailmgr.template import tree
 from jailmgr.template.log import BuildLog
 from jailmgr.template.recipe import Build
-
-Progress = Callable[[str, int, int], None]
-Cancelled = Callable[[], bool]
 
 SCRIPTS = "/usr/share/debootstrap/scripts"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -152,7 +150,7 @@ def first_stage(
 
     `mirror` may be empty: debootstrap's default. The .debs, those that the second stage installs as well, are kept
     below `cache_dir`/debs. However it ends, no process and no mount of it is left; `target` is the caller's to remove.
-    Raises JailmgrError: `unavailable` without debootstrap or its keyring, `full`, `conflict` when cancelled, `failed`.
+    Raises JailmgrError: `unavailable` without debootstrap or its keyring, `full`, `failed`; CancelledError.
     """
     what = f"build {build.source}"
     with _cache(cache_dir, build) as cache:
@@ -281,7 +279,7 @@ def _run(argv: list[str], env: dict[str, str], reader: Interaction, cancelled: C
     try:
         while True:
             if cancelled():
-                raise JailmgrError(what, "cancelled", "", "conflict")
+                raise CancelledError(what)
             if not poll.poll(_POLL_MS):
                 continue
             data = os.read(stream, 65536)

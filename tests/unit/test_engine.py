@@ -27,7 +27,8 @@ from jailmgr.engine.protocol import Protocol, Server
 from jailmgr.engine.requests import BODY_MAX, Engine
 from jailmgr.engine.serve import listen
 from jailmgr.errors import JailmgrError
-from jailmgr.manager.host import CancelledError, Manager
+from jailmgr.manager.host import Manager
+from jailmgr.progress import CancelledError
 
 
 class Mine(Protocol):
