@@ -21,7 +21,6 @@ from pathlib import Path
 from jailmgr.config import Root, find_root
 from jailmgr.manager.accounting import SAMPLE_SECONDS, Accountant
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of
 from jailmgr.model import Jail, Network, Nic
 from jailmgr.network.bridge import veth_name
 from jailmgr.runtime import cgroups
@@ -89,7 +88,7 @@ def _veths(root: Root, jails: list[Jail]) -> None:
 
 
 def _run(m: Manager, jail: Jail, undo: ExitStack) -> None:
-    cgroup = cgroup_of(m.root, TENANT, jail.name)
+    cgroup = m.root.jail_cgroup(TENANT, jail.name)
     os.makedirs(m.root.tenant_run(TENANT), exist_ok=True)
     cgroups.tenant_group(m.hierarchies, m.root.cgroup, TENANT)
     cgroups.create_jail_group(m.hierarchies, cgroup, 0)

@@ -109,6 +109,10 @@ class Root(Record):
         """Name of our nftables tables (inet and bridge)."""
         return f"jailmgr_{self.mark}" if self.mark else "jailmgr"
 
+    def jail_cgroup(self, tenant: str, jail: str) -> str:
+        """A jail's group, below each hierarchy's mount point."""
+        return f"{self.cgroup}/{tenant}/{jail}"
+
     def tenant_run(self, tenant: str) -> str:
         """A tenant's runtime directory: the supervisor's socket, lock and log, a state file of each running jail."""
         return f"{self.run}/tenants/{tenant}"

@@ -277,3 +277,36 @@ class JailInfo(JailView, frozen=True):
     started_at: str | None = None
     last_ended: Ending | None = None
     restarts: int = 0
+
+
+class ImageView(msgspec.Struct, frozen=True):
+    """An image, as `image list` tells it. `jails`: how many are made of it."""
+
+    fingerprint: str
+    aliases: list[str]
+    template: str
+    size_bytes: int
+    created_at: str
+    architecture: str
+    jails: int
+
+
+class ImageInfo(ImageView, frozen=True):
+    """`image show`: with its manifest (package to version) and how its jails are run."""
+
+    packages: dict[str, str] = {}
+    recipe: Recipe = Recipe()
+    files: list[str] = []
+    key: str = ""
+
+
+class NetworkView(msgspec.Struct, frozen=True):
+    """A network, as `network list` tells it. `jails`: how many are attached, running or not."""
+
+    name: str
+    tenant: str
+    kind: str
+    ipv4: str
+    ipv6: str
+    bridge: str
+    jails: int

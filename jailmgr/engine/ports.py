@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from jailmgr.engine.answers import done
 from jailmgr.engine.requests import Body, body_of, call, listed, own, tenant_of
-from jailmgr.manager import ports
+from jailmgr.manager import publishing
 
 Number = Annotated[int, Meta(ge=1, le=65535)]
 Protocol = Literal["tcp", "udp"]
@@ -39,21 +39,21 @@ class OldPort(Body, frozen=True):
 
 async def list_all(request: Request) -> Response:
     """GET /1.0/ports"""
-    return done([port for tenant in listed(request) for port in await call(request, ports.list_ports, tenant)])
+    return done([port for tenant in listed(request) for port in await call(request, publishing.list_ports, tenant)])
 
 
 async def add(request: Request) -> Response:
     """POST /1.0/ports: published when answered."""
     body = await body_of(request, NewPort)
     where = (_tenant(request, body), body.jail, body.host_address, body.host_port, body.port, body.protocol)
-    return done(await call(request, ports.publish, *where))
+    return done(await call(request, publishing.publish, *where))
 
 
 async def remove(request: Request) -> Response:
     """DELETE /1.0/ports"""
     body = await body_of(request, OldPort)
     where = (_tenant(request, body), body.jail, body.host_port, body.protocol, body.host_address)
-    await call(request, ports.unpublish, *where)
+    await call(request, publishing.unpublish, *where)
     return done({})
 
 

@@ -29,7 +29,6 @@ from jailmgr.manager.metering import (
     count_ended,
     count_running,
 )
-from jailmgr.manager.plan import cgroup_of
 from jailmgr.manager.usage_store import UsageStore
 from jailmgr.runtime import cgroups, netlink, runs
 from jailmgr.runtime.proc import start_time
@@ -224,7 +223,7 @@ class Accountant:
                 continue
             state, file = running[jail.id]
             alive = start_time(state.pid) == state.starttime
-            memory, cpu_ns, _ = cgroups.usage(self._m.hierarchies, cgroup_of(self._m.root, jail.tenant, jail.name))
+            memory, cpu_ns, _ = cgroups.usage(self._m.hierarchies, self._m.root.jail_cgroup(jail.tenant, jail.name))
             if not alive or (self._file(jail) != file and not self._same(jail, state)):
                 continue
             received, sent = runs.total([links.get(nic.veth) for nic in jail.nics])

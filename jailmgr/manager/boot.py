@@ -19,8 +19,8 @@ from jailmgr.key_checks import parse_bool
 from jailmgr.keys import Config
 from jailmgr.manager.host import Manager
 from jailmgr.manager.reconcile import attempt
+from jailmgr.manager.running import running
 from jailmgr.manager.start import boot
-from jailmgr.manager.view import running
 from jailmgr.model import BUILD_TENANT, Jail, Recipe
 from jailmgr.runtime import attach
 from jailmgr.runtime.bundle import load_bundle

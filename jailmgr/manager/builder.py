@@ -13,7 +13,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.keys import IDS, IDS_MIN
 from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import Calls, cgroup_of, seccomp_filter
+from jailmgr.manager.plan import Calls, seccomp_filter
 from jailmgr.model import BUILD_TENANT as TENANT
 from jailmgr.progress import Cancelled
 from jailmgr.runtime import attach, cgroups
@@ -45,7 +45,7 @@ def claim_idmap(m: Manager, name: str) -> tuple[int, int]:
 def run_in_build(m: Manager, name: str, target: str, idmap: tuple[int, int], cancelled: Cancelled) -> Runner:
     """The Runner of one build: `target` is its root file system, writable, its owners shifted by `idmap`."""
     lib = m.root.jail_lib(TENANT, name)
-    cgroup = cgroup_of(m.root, TENANT, name)
+    cgroup = m.root.jail_cgroup(TENANT, name)
 
     def run(argv: list[str], environment: dict[str, str], output: Callable[[bytes], None]) -> int:
         os.makedirs(lib, mode=0o700, exist_ok=True)
@@ -96,7 +96,7 @@ def _killed_when(cancelled: Cancelled, kill: Callable[[], None]) -> Iterator[Non
 
 def remove_build(m: Manager, name: str) -> None:
     """Everything of a build, but its image: processes, groups, volume, id range. Idempotent."""
-    cgroup = cgroup_of(m.root, TENANT, name)
+    cgroup = m.root.jail_cgroup(TENANT, name)
     cgroups.kill(m.hierarchies, cgroup)
     cgroups.remove(m.hierarchies, cgroup)
     delete_build(m.pool, name)

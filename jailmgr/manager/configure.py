@@ -19,10 +19,10 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.nodes import check_nodes
 from jailmgr.manager.pinning import cpus_for
-from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
+from jailmgr.manager.plan import disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
+from jailmgr.manager.running import is_up, running
 from jailmgr.manager.strangers import check_free
-from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail
 from jailmgr.network.shaping import rates_of_jail
 from jailmgr.runtime import cgroups
@@ -132,7 +132,7 @@ def _check(m: Manager, old: Jail, new: Jail, runs: bool) -> None:
     check_ports(m, new, but=ports_of(old))
     check_restricted(m, new, old)
     check_nodes(new, old)
-    cgroups.check_limits(m.hierarchies, cgroup_of(m.root, old.tenant, old.name), kernel_limits(m, new))
+    cgroups.check_limits(m.hierarchies, m.root.jail_cgroup(old.tenant, old.name), kernel_limits(m, new))
     if _nic(old) == _nic(new):
         return
     if runs:
@@ -158,7 +158,7 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
     if runs:
         after = after._replace(cpus=cpus_for(m, new))
     if runs and before != after:
-        cgroup = cgroup_of(m.root, old.tenant, old.name)
+        cgroup = m.root.jail_cgroup(old.tenant, old.name)
         undo.callback(cgroups.set_limits, m.hierarchies, cgroup, cgroups.Limits(*before))
         cgroups.set_limits(m.hierarchies, cgroup, cgroups.Limits(*after))
 
@@ -225,7 +225,7 @@ def finish_rename(m: Manager, row: Row) -> None:
     lib = m.root.jail_lib(old.tenant, old.name)
     if os.path.isdir(lib):
         os.rename(lib, m.root.jail_lib(old.tenant, name))
-    cgroups.remove(m.hierarchies, cgroup_of(m.root, old.tenant, old.name))
+    cgroups.remove(m.hierarchies, m.root.jail_cgroup(old.tenant, old.name))
     image = m.store.find_image(old.image)
     if image is not None:
         upper = f"{m.root.volume(old.tenant, name)}/upper"

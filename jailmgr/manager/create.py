@@ -20,7 +20,7 @@ from jailmgr.manager.host import Manager
 from jailmgr.manager.images import ensure_image, find_source
 from jailmgr.manager.names import make_up_name
 from jailmgr.manager.nodes import check_nodes
-from jailmgr.manager.plan import cgroup_of, disk_of, kernel_limits, write_bundle
+from jailmgr.manager.plan import disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.start import start, wait_ready
 from jailmgr.manager.strangers import check_free
@@ -73,7 +73,7 @@ def check_new(
     check_restricted(m, jail)
     check_nodes(jail)
     check_ports(m, jail)
-    cgroups.check_limits(m.hierarchies, cgroup_of(m.root, tenant, name or "new"), kernel_limits(m, jail))
+    cgroups.check_limits(m.hierarchies, m.root.jail_cgroup(tenant, name or "new"), kernel_limits(m, jail))
 
 
 def create(

@@ -9,9 +9,8 @@ from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import networks
 from jailmgr.manager.claiming import release
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of
+from jailmgr.manager.running import running
 from jailmgr.manager.stop import end_if_alive
-from jailmgr.manager.view import running
 from jailmgr.model import Jail
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.state import remove_state, remove_wait
@@ -54,7 +53,7 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
             m.accountant.settle(jail)
         networks.forget(m, jail)
     for name in names:
-        cgroups.remove(m.hierarchies, cgroup_of(m.root, jail.tenant, name))
+        cgroups.remove(m.hierarchies, m.root.jail_cgroup(jail.tenant, name))
         # Before the volume: reconcile takes a row in state `creating` with its config.json for a whole jail.
         lib = m.root.jail_lib(jail.tenant, name)
         if os.path.isdir(lib):

@@ -15,7 +15,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from jailmgr.errors import JailmgrError
-from jailmgr.manager.plan import cgroup_of
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.jsonfile import read_json, write_json
 from jailmgr.runtime.state import running_jails
@@ -110,7 +109,7 @@ class DiskGuard:
         """Freeze what runs and isn't frozen; the note first, so that a crash leaves none frozen that is in no note."""
         for tenant in self._tenants():
             for name in running_jails(self._m.root, tenant):
-                cgroup = cgroup_of(self._m.root, tenant, name)
+                cgroup = self._m.root.jail_cgroup(tenant, name)
                 if cgroups.is_frozen(self._m.hierarchies, cgroup):
                     continue
                 if f"{tenant}/{name}" not in held:
@@ -126,7 +125,7 @@ class DiskGuard:
             tenant, _, name = path.partition("/")
             try:
                 if name in running_jails(self._m.root, tenant):
-                    cgroups.thaw(self._m.hierarchies, cgroup_of(self._m.root, tenant, name))
+                    cgroups.thaw(self._m.hierarchies, self._m.root.jail_cgroup(tenant, name))
             except JailmgrError as error:
                 log.warning("%s", error)
         if held:

@@ -18,8 +18,8 @@ from jailmgr.key_checks import near_miss
 from jailmgr.manager.builder import claim_idmap, remove_build, run_in_build
 from jailmgr.manager.host import ADOPT, Manager
 from jailmgr.manager.strangers import image_of_stranger
-from jailmgr.manager.view import ImageInfo, ImageView, image_info, image_view
-from jailmgr.model import Image
+from jailmgr.manager.view import image_info, image_view
+from jailmgr.model import Image, ImageInfo, ImageView
 from jailmgr.progress import Cancelled, CancelledError, Progress, never, quiet
 from jailmgr.storage.pool import pool_usage
 from jailmgr.storage.volume import create_build

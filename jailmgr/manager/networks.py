@@ -16,9 +16,9 @@ from jailmgr.manager import shaping
 from jailmgr.manager.admission import admit_network
 from jailmgr.manager.host import Manager
 from jailmgr.manager.ports import ports_of
+from jailmgr.manager.running import is_up
 from jailmgr.manager.strangers import addresses_of_strangers, published_by_strangers
-from jailmgr.manager.view import NetworkView, is_up
-from jailmgr.model import Jail, Network, Nic, Port, Tenant
+from jailmgr.model import Jail, Network, NetworkView, Nic, Port, Tenant
 from jailmgr.network import addresses, bridge, dns, firewall, flows
 from jailmgr.network.nft import NftError
 from jailmgr.runtime import netlink

@@ -155,10 +155,6 @@ def credentials_of(config: Config) -> dict[str, str]:
     return {name: b2a_base64(content, newline=False).decode() for name, content in found.items()}
 
 
-def cgroup_of(root: Root, tenant: str, jail: str) -> str:
-    return f"{root.cgroup}/{tenant}/{jail}"
-
-
 def stop_timeout(jail: Jail, recipe: Recipe) -> int:
     """Seconds between the stop signal and the kill."""
     return int(jail.config.get("boot.host_shutdown_timeout", recipe.stop_timeout))
@@ -186,7 +182,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         uid=tenant.uid,
         idmap_base=jail.idmap_base,
         idmap_size=jail.idmap_size,
-        cgroup=cgroup_of(m.root, jail.tenant, jail.name),
+        cgroup=m.root.jail_cgroup(jail.tenant, jail.name),
         lower=f"{m.root.image(jail.image)}/rootfs",
         volume=m.root.volume(jail.tenant, jail.name),
         init=image.recipe.init,

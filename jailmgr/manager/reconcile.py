@@ -25,10 +25,10 @@ from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.pinning import follow_pin
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import ports_of
+from jailmgr.manager.running import is_up, running
 from jailmgr.manager.strangers import meet_strangers
 from jailmgr.manager.totals import renew_totals
 from jailmgr.manager.upgrade import renew_supervisor
-from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.bundle import load_bundle

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jailmgr.manager.host import Manager
 from jailmgr.manager.plan import write_bundle
-from jailmgr.manager.view import running
+from jailmgr.manager.running import running
 from jailmgr.model import Jail, Tenant
 from jailmgr.network import bridge, firewall
 from jailmgr.network import shaping as queues

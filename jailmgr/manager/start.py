@@ -12,8 +12,8 @@ from jailmgr.manager.pinning import forget_pin
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import check_host, ports_of
 from jailmgr.manager.renumber import renumber_if_old
+from jailmgr.manager.running import is_up, running
 from jailmgr.manager.totals import ensure_totals
-from jailmgr.manager.view import is_up, running
 from jailmgr.model import Jail, Stopped
 from jailmgr.runtime import attach, volume_format
 

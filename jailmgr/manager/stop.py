@@ -7,8 +7,8 @@ import msgspec
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import networks
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of, stop_timeout
-from jailmgr.manager.view import is_up, not_running, running
+from jailmgr.manager.plan import stop_timeout
+from jailmgr.manager.running import is_up, not_running, running
 from jailmgr.model import Ending, Jail, Recipe, Stopped
 from jailmgr.runtime import attach, cgroups
 from jailmgr.runtime.state import supervisor_process
@@ -33,7 +33,7 @@ def end(m: Manager, jail: Jail, force: bool, timeout: int | None = None) -> Stop
     recipe = image.recipe if image else Recipe()
     if timeout is None:
         timeout = stop_timeout(jail, recipe)
-    cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+    cgroup = m.root.jail_cgroup(jail.tenant, jail.name)
     if not force and cgroups.is_frozen(m.hierarchies, cgroup):
         cgroups.thaw(m.hierarchies, cgroup)
     with attach.connect(m.root, jail.tenant) as supervisor:
@@ -74,4 +74,4 @@ def unfreeze(m: Manager, tenant: str, name: str) -> None:
 def _running_cgroup(m: Manager, jail: Jail) -> str:
     if not running(m, jail):
         raise not_running(jail)
-    return cgroup_of(m.root, jail.tenant, jail.name)
+    return m.root.jail_cgroup(jail.tenant, jail.name)

@@ -18,7 +18,6 @@ from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import kept
 from jailmgr.manager.host import ADOPT, Manager
 from jailmgr.manager.kept import OnDisk
-from jailmgr.manager.plan import cgroup_of
 from jailmgr.model import BUILD_TENANT, Jail, Network, Nic
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import load_bundle
@@ -108,7 +107,7 @@ def check_free(m: Manager, tenant: str, name: str) -> None:
             ("volume", os.path.lexists(m.root.volume(tenant, name))),
             ("directory", os.path.lexists(lib)),
             ("state file", any(os.path.lexists(f"{run}/{name}{ending}") for ending in (".json", ".waits"))),
-            ("cgroup", cgroups.exists(m.hierarchies, cgroup_of(m.root, tenant, name))),
+            ("cgroup", cgroups.exists(m.hierarchies, m.root.jail_cgroup(tenant, name))),
         )
         if exists
     ]

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 from jailmgr.errors import JailmgrError
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of, cpus_of, kernel_limits, limits_of, tenant_limits, write_bundle
-from jailmgr.manager.view import is_up, running
+from jailmgr.manager.plan import cpus_of, kernel_limits, limits_of, tenant_limits, write_bundle
+from jailmgr.manager.running import is_up, running
 from jailmgr.model import Jail, Tenant
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.cgroups import Limits
@@ -59,7 +59,7 @@ def _hold_jails(m: Manager, tenant: Tenant) -> None:
     """What depends on the tenant's totals: CPU quotas on v1, in the kernel and in what a jail reboots with."""
     for jail in _running(m, tenant.name) if "cpu" in m.hierarchies.v1 else []:
         if limits_of(jail.config).cpu_quota is not None:
-            cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+            cgroup = m.root.jail_cgroup(jail.tenant, jail.name)
             cgroups.set_limits(m.hierarchies, cgroup, kernel_limits(m, jail, tenant))
             write_bundle(m, jail)
 
@@ -118,7 +118,7 @@ def _limit_jails(m: Manager, old: Tenant, new: Tenant, undo: ExitStack) -> None:
     for jail in _running(m, new.name):
         before, after = kernel_limits(m, jail, old), kernel_limits(m, jail, new)
         if before != after:
-            group = cgroup_of(m.root, jail.tenant, jail.name)
+            group = m.root.jail_cgroup(jail.tenant, jail.name)
             undo.callback(cgroups.set_limits, m.hierarchies, group, before)
             cgroups.set_limits(m.hierarchies, group, after)
 

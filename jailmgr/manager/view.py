@@ -6,49 +6,25 @@ from typing import Any
 
 import msgspec
 
-from jailmgr.errors import JailmgrError
 from jailmgr.manager.host import Manager
-from jailmgr.manager.plan import cgroup_of, cpus_of, disk_of, limits_of
+from jailmgr.manager.plan import cpus_of, disk_of, limits_of
 from jailmgr.manager.ports import ports_of
-from jailmgr.model import DEFAULT_TENANT, Ending, Image, Jail, JailInfo, JailView, Recipe, Usage
+from jailmgr.model import (
+    DEFAULT_TENANT,
+    Ending,
+    Image,
+    ImageInfo,
+    ImageView,
+    Jail,
+    JailInfo,
+    JailView,
+    Usage,
+)
 from jailmgr.runtime import apparmor, cgroups
-from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process, waits
+from jailmgr.runtime.state import State, read_last, read_state, running_jails, supervisor_process
 from jailmgr.storage.volume import committed_usage, volume_usage
 from jailmgr.store import DELETING, READY, RENAMING, Row
 from jailmgr.times import rfc3339
-
-
-class ImageView(msgspec.Struct, frozen=True):
-    """An image, as `image list` tells it. `jails`: how many are made of it."""
-
-    fingerprint: str
-    aliases: list[str]
-    template: str
-    size_bytes: int
-    created_at: str
-    architecture: str
-    jails: int
-
-
-class ImageInfo(ImageView, frozen=True):
-    """`image show`: with its manifest (package to version) and how its jails are run."""
-
-    packages: dict[str, str] = {}
-    recipe: Recipe = Recipe()
-    files: list[str] = []
-    key: str = ""
-
-
-class NetworkView(msgspec.Struct, frozen=True):
-    """A network, as `network list` tells it. `jails`: how many are attached, running or not."""
-
-    name: str
-    tenant: str
-    kind: str
-    ipv4: str
-    ipv6: str
-    bridge: str
-    jails: int
 
 
 def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:
@@ -101,7 +77,7 @@ def info(m: Manager, tenant: str, name: str) -> JailInfo:
         fields |= {
             "supervisor_pid": watching.pid if watching else None,
             "netns": f"/proc/{pid}/ns/net",
-            "cgroups": cgroups.directories(m.hierarchies, cgroup_of(m.root, tenant, name)),
+            "cgroups": cgroups.directories(m.hierarchies, m.root.jail_cgroup(tenant, name)),
             "rootfs": f"/proc/{pid}/root",
             "apparmor": apparmor.label_of(pid),
             "started_at": rfc3339(state.started_at),
@@ -164,7 +140,7 @@ def _fields(jail: Jail, row_state: str) -> dict[str, Any]:
 
 def _live(m: Manager, jail: Jail, state: State) -> dict[str, Any]:
     """What differs from that while it runs."""
-    cgroup = cgroup_of(m.root, jail.tenant, jail.name)
+    cgroup = m.root.jail_cgroup(jail.tenant, jail.name)
     return {
         "status": "Frozen" if cgroups.is_frozen(m.hierarchies, cgroup) else "Running",
         "init_pid": state.pid,
@@ -185,20 +161,3 @@ def _ending(m: Manager, tenant: str, name: str) -> Ending | None:
         return msgspec.convert(last, Ending)
     except msgspec.ValidationError:
         return None
-
-
-def running(m: Manager, jail: Jail) -> bool:
-    """Whether the jail's init is alive, with or without a supervisor."""
-    return read_state(m.root, jail.tenant, jail.name) is not None
-
-
-def is_up(m: Manager, jail: Jail) -> bool:
-    """Whether it runs, or is about to be started again, for which it needs the pool and its network as they are."""
-    # It may go over from the one to the other, or back, between two looks.
-    return running(m, jail) or waits(m.root, jail.tenant, jail.name) or running(m, jail)
-
-
-def not_running(jail: Jail) -> JailmgrError:
-    return JailmgrError(
-        f"jail {jail.full_name}", "it is not running", f"Start it: jailmgr start {jail.full_name}", "conflict"
-    )

@@ -542,7 +542,7 @@ def test_closing_waits_and_begins_nothing_more(running: Running, client: Client,
 
 
 def test_ports(client: Client, fake: Callable[..., Spy]) -> None:
-    publish, unpublish = fake("ports.publish", {}), fake("ports.unpublish")
+    publish, unpublish = fake("publishing.publish", {}), fake("publishing.unpublish")
     port = {"tenant": "acme", "jail": "web", "host_port": 8080, "port": 80}
     assert client("POST", "/1.0/ports", port).status == 200
     assert publish.calls == [(("acme", "web", "", 8080, 80, "tcp"), {})]
