@@ -21,6 +21,7 @@ from pathlib import Path
 from jailmgr.config import Root, find_root
 from jailmgr.manager.accounting import SAMPLE_SECONDS, Accountant
 from jailmgr.manager.host import Manager
+from jailmgr.manager.opening import opened
 from jailmgr.model import Jail, Network, Nic
 from jailmgr.network.bridge import veth_name
 from jailmgr.runtime import cgroups
@@ -43,15 +44,12 @@ def main(argv: list[str]) -> int:
         undo.enter_context(session_namespace())
         root = find_root(tempfile.mkdtemp(prefix="jb-", dir="/tmp"))
         undo.callback(scrap, root)
-        m = Manager(root)
-        m.open()
-        undo.callback(m.close)
+        m = undo.enter_context(opened(root))
         print(f"-- making {options.jails}", file=sys.stderr, flush=True)
         jails = _rows(m, options.jails)
         _veths(root, jails)
         for jail in jails:
             _run(m, jail, undo)
-        assert m.accountant is not None
         _report(m.accountant, options.jails, options.rounds)
     return 0
 

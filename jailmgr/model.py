@@ -310,3 +310,33 @@ class NetworkView(msgspec.Struct, frozen=True):
     ipv6: str
     bridge: str
     jails: int
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """A jail's row, its tenant's and those of its networks."""
+
+    jail: Jail
+    tenant: Tenant
+    networks: list[Network]
+    uuid: str = ""
+    """Of the jail; empty in a config.json of a release before this one."""
+
+
+class OnDisk(msgspec.Struct, frozen=True):
+    """What a config.json says of whose it is. `id` is None where it can't be known."""
+
+    id: int | None = None
+    kept: Kept | None = None
+
+
+class Stranger(msgspec.Struct, frozen=True):
+    """A jail that is on disk or runs, and that the store does not know.
+
+    `up`: it runs, or may. `addresses`: its IPv4 addresses, without prefix length.
+    """
+
+    tenant: str
+    name: str
+    up: bool
+    on_disk: OnDisk
+    addresses: frozenset[str]

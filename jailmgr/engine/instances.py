@@ -13,7 +13,7 @@ from jailmgr.engine.answers import accepted, done
 from jailmgr.engine.requests import Body, begin, body_of, call, caller_of, engine_of, flag, listed, number, tenant_of
 from jailmgr.errors import full_name
 from jailmgr.keys import check_name
-from jailmgr.manager import configure, create, delete, start, stop, view
+from jailmgr.manager import configure, create, delete, restart, start, stop, view
 from jailmgr.manager.host import Manager
 from jailmgr.model import JailInfo
 from jailmgr.progress import Cancelled, Progress
@@ -148,7 +148,7 @@ async def change_state(request: Request) -> Response:
             return await _begin(
                 request,
                 f"restarting {full_name(tenant, name)}",
-                start.restart,
+                restart.restart,
                 force=body.force,
                 timeout=timeout,
                 wait=body.wait,

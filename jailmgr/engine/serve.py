@@ -22,6 +22,7 @@ from jailmgr.engine.protocol import Server
 from jailmgr.engine.requests import Engine
 from jailmgr.manager.access import is_shared
 from jailmgr.manager.host import Manager
+from jailmgr.manager.opening import opened
 
 GRACE_SECONDS = 30.0
 """What running operations get when the engine is told to stop; the next start mends what a cut one left."""
@@ -42,17 +43,14 @@ def serve(root: Root, serves: Callable[[], None], given: Mapping[str, socket.soc
     `given`: sockets that others made and keep (systemd.take_sockets); else they are made. The caller holds
     `engine.lock`. Raises JailmgrError where the manager can't be opened.
     """
-    manager = Manager(root)
-    manager.open()
-    if asyncio.run(_serve(root, manager, serves, given or {})):
-        manager.close()
-        log.info("engine ended")
-    else:
-        # Their threads would keep the process from ending, and what they work on is no longer to be touched.
-        log.warning(
-            "operations still run %.0f s after the signal: the next engine mends what they leave", GRACE_SECONDS
-        )
-        os._exit(0)
+    with opened(root) as manager:
+        if not asyncio.run(_serve(root, manager, serves, given or {})):
+            # Their threads would keep the process from ending, and what they work on is no longer to be touched.
+            log.warning(
+                "operations still run %.0f s after the signal: the next engine mends what they leave", GRACE_SECONDS
+            )
+            os._exit(0)
+    log.info("engine ended")
 
 
 async def _serve(root: Root, manager: Manager, serves: Callable[[], None], given: Mapping[str, socket.socket]) -> bool:

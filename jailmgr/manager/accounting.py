@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jailmgr.database import COPY_SECONDS
 from jailmgr.errors import JailmgrError
+from jailmgr.manager.context import Context
 from jailmgr.manager.metering import (
     Addition,
     Clock,
@@ -30,15 +31,12 @@ from jailmgr.manager.metering import (
     count_running,
 )
 from jailmgr.manager.usage_store import UsageStore
+from jailmgr.model import Jail
 from jailmgr.runtime import cgroups, netlink, runs
 from jailmgr.runtime.proc import start_time
 from jailmgr.runtime.state import State, host_boot_id, load_state, running_jails
 from jailmgr.storage.volume import committed_usage, volume_usage
 from jailmgr.store import CREATING
-
-if TYPE_CHECKING:
-    from jailmgr.manager.host import Manager
-    from jailmgr.model import Jail
 
 SAMPLE_SECONDS = 60.0
 
@@ -53,20 +51,10 @@ class _Running(NamedTuple):
     """Inode and time of last change."""
 
 
-def usage(m: Manager, tenant: str | None, since: float, until: float) -> list[UsageRecord]:
-    """What each tenant's jails (None: all tenants') have used between two times, up to this moment; deleted ones too.
-
-    Times are seconds since the epoch. Tenants without any are left out. Raises JailmgrError where it can't be read.
-    """
-    if m.accountant is None:
-        raise JailmgrError("usage", "the engine is not open", "", "unavailable")
-    return m.accountant.usage(tenant, since, until)
-
-
 class Accountant:
     """Samples from `start` to `stop`, and whenever it is asked to. All calls may come from any thread."""
 
-    def __init__(self, m: Manager, every: float = SAMPLE_SECONDS) -> None:
+    def __init__(self, m: Context, every: float = SAMPLE_SECONDS) -> None:
         self._m = m
         self._every = every
         self.path = m.root.usage
@@ -113,7 +101,10 @@ class Accountant:
             log.error("the last usage of %s/%s could not be counted: %s", jail.tenant, jail.name, error)
 
     def usage(self, tenant: str | None, since: float, until: float) -> list[UsageRecord]:
-        """See usage()."""
+        """What each tenant's jails (None: all tenants') have used between two times, up to now; deleted ones too.
+
+        Times are seconds since the epoch. Tenants without any are left out. Raises JailmgrError where it can't be read.
+        """
         if since > until:
             raise JailmgrError("usage", "its span ends before it begins", "", "invalid")
         self.sample(tenant)

@@ -11,8 +11,8 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os, full_name
 from jailmgr.manager import kept
 from jailmgr.manager.ports import ports_of
-from jailmgr.manager.strangers import Stranger, find_strangers
-from jailmgr.model import Jail
+from jailmgr.manager.strangers import find_strangers
+from jailmgr.model import Jail, Stranger
 from jailmgr.runtime.bundle import CONFIG
 from jailmgr.storage.pool import is_made, open_pool
 from jailmgr.storage.volume import list_volumes

@@ -82,7 +82,7 @@ def _start_in_order(m: Manager, at_once: threading.Semaphore, jails: list[Jail])
             return False
         with at_once:
             attempt(f"starting {jail.name}", partial(_start_if_stopped, m, jail))
-        if m.watcher is None or m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
+        if m.watcher.pause(float(jail.config.get("boot.autostart.delay", 0))):
             return False
     return True
 

@@ -18,7 +18,6 @@ from jailmgr.manager.files import replace_files
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import renew as renew_kept
 from jailmgr.manager.nodes import check_nodes
-from jailmgr.manager.pinning import cpus_for
 from jailmgr.manager.plan import disk_of, kernel_limits, write_bundle
 from jailmgr.manager.ports import check_ports, ports_of
 from jailmgr.manager.running import is_up, running
@@ -156,7 +155,7 @@ def _apply_limits(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack)
         resize_volume(m.pool, old.id, wanted)
     before, after = kernel_limits(m, old), kernel_limits(m, new)
     if runs:
-        after = after._replace(cpus=cpus_for(m, new))
+        after = after._replace(cpus=m.pins.choose(new))
     if runs and before != after:
         cgroup = m.root.jail_cgroup(old.tenant, old.name)
         undo.callback(cgroups.set_limits, m.hierarchies, cgroup, cgroups.Limits(*before))

@@ -13,7 +13,6 @@ from jailmgr.keys import Config, Devices, check_name, fold
 from jailmgr.manager import networks
 from jailmgr.manager.access import check_root_only
 from jailmgr.manager.admission import admit, check_restricted, check_source_allowed
-from jailmgr.manager.claiming import claim_idmap, claim_uid
 from jailmgr.manager.delete import delete, finish_delete
 from jailmgr.manager.files import Rendered, write_files
 from jailmgr.manager.host import Manager
@@ -164,7 +163,7 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     jail = msgspec.structs.replace(jail, nics=networks.assign_nics(m, jail, jail.devices))
     jail, image = _with_image(m, jail, progress, cancelled)
     progress("creating", 0, 0)
-    jail = claim_idmap(m, jail)
+    jail = m.claims.idmap(jail)
     tenant = m.store.tenant(jail.tenant)
     hold_volumes(m, tenant)
     lower = f"{m.root.image(image.fingerprint)}/rootfs"
@@ -176,7 +175,7 @@ def _make(m: Manager, jail: Jail, progress: Progress, cancelled: Cancelled) -> J
     if cancelled():
         raise CancelledError(f"jail {jail.full_name}")
     # Last before the state: a row in state `creating` with its config.json is that of a whole jail (reconcile).
-    claim_uid(m, jail.tenant)
+    m.claims.uid(jail.tenant)
     write_bundle(m, jail, stopped=True)
     m.store.set_state(jail, READY)
     networks.refresh_names_of(m, jail)

@@ -7,7 +7,6 @@ import shutil
 
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import networks
-from jailmgr.manager.claiming import release
 from jailmgr.manager.host import Manager
 from jailmgr.manager.running import running
 from jailmgr.manager.stop import end_if_alive
@@ -49,8 +48,7 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
     names = [name for name in (jail.name, other_name) if name and (jail.tenant, name) not in m.strangers]
     if jail.name in names:
         end_if_alive(m, jail)
-        if m.accountant is not None:
-            m.accountant.settle(jail)
+        m.accountant.settle(jail)
         networks.forget(m, jail)
     for name in names:
         cgroups.remove(m.hierarchies, m.root.jail_cgroup(jail.tenant, name))
@@ -63,8 +61,8 @@ def finish_delete(m: Manager, jail: Jail, other_name: str | None = None) -> None
         remove_state(m.root.tenant_run(jail.tenant), name)
         remove_wait(m.root.tenant_run(jail.tenant), name)
     if jail.id not in {stranger.on_disk.id for stranger in m.strangers.values()}:
-        release(m, jail)
+        m.claims.release(jail)
     m.store.remove(jail)
-    m.stopped_views.pop(jail.id, None)
-    if m.watcher is not None and not m.store.jails(jail.tenant):
-        m.watcher.release(jail.tenant)
+    m.stopped_views.forget(jail.id)
+    if not m.store.jails(jail.tenant):
+        m.supervisors.release(jail.tenant)

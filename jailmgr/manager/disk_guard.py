@@ -12,18 +12,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING
 
+from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
+from jailmgr.manager.context import Context
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.jsonfile import read_json, write_json
 from jailmgr.runtime.state import running_jails
 from jailmgr.storage.pool import writable
 from jailmgr.units import format_size
-
-if TYPE_CHECKING:
-    from jailmgr.config import Root
-    from jailmgr.manager.host import Manager
 
 FLOOR = 256 << 20
 """Bytes of the host's disk that are never the pool's."""
@@ -48,7 +45,7 @@ def space_left(root: Root) -> int | None:
 class DiskGuard:
     """Watches over the disk from `start` to `stop`."""
 
-    def __init__(self, m: Manager) -> None:
+    def __init__(self, m: Context) -> None:
         self._m = m
         self._held_file = f"{m.root.run}/held.json"
         self._stopping = threading.Event()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import threading
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -16,7 +15,9 @@ from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
 from jailmgr.key_checks import near_miss
 from jailmgr.manager.builder import claim_idmap, remove_build, run_in_build
-from jailmgr.manager.host import ADOPT, Manager
+from jailmgr.manager.builds import Building
+from jailmgr.manager.context import ADOPT
+from jailmgr.manager.host import Manager
 from jailmgr.manager.strangers import image_of_stranger
 from jailmgr.manager.view import image_info, image_view
 from jailmgr.model import Image, ImageInfo, ImageView
@@ -27,55 +28,6 @@ from jailmgr.template.build import Built, build_image, describe, plan_build
 from jailmgr.template.recipe import Build, find_templates, load_template, resolve
 
 _PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
-_POLL = 0.5
-"""Seconds between two looks at whether a caller that waits for somebody else's build has given up."""
-
-
-class Building:
-    """A build in progress, and all who wait for it. It is given up only when each of them has."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.wanted: list[Cancelled] = []
-        self.step: tuple[str, int, int] = ("building", 0, 0)
-        self.ended = False
-        self.image: Image | None = None
-        self.error: JailmgrError | None = None
-
-    def cancelled(self) -> bool:
-        with self.changed:
-            wanted = list(self.wanted)
-        return all(gave_up() for gave_up in wanted)
-
-    def tell(self, step: str, done: int, total: int) -> None:
-        with self.changed:
-            self.step = (step, done, total)
-            self.changed.notify_all()
-
-    def end(self, image: Image | None, error: JailmgrError | None) -> None:
-        with self.changed:
-            self.image, self.error, self.ended = image, error, True
-            self.changed.notify_all()
-
-    def wait(self, source: str, progress: Progress, cancelled: Cancelled) -> Image:
-        """The image, once it is built; progress is passed on. Raises what the build raised, or CancelledError."""
-        told: tuple[str, int, int] | None = None
-        while True:
-            with self.changed:
-                if self.step == told and not self.ended:
-                    self.changed.wait(_POLL)
-                ended, step = self.ended, self.step
-            if cancelled():
-                raise CancelledError(f"image of {source}")
-            if ended:
-                break
-            if step != told:
-                told = step
-                progress(*step)
-        if self.error is not None:
-            raise JailmgrError(self.error.what, self.error.why, self.error.hint, self.error.code)
-        assert self.image is not None
-        return self.image
 
 
 def find_source(m: Manager, source: str) -> Image | Build:
@@ -110,11 +62,7 @@ def ensure_image(
         image = None if refresh else m.store.image_of_key(found.key)
         if image is not None:
             return image
-        building = m.buildings.get(found.key)
-        if leads := building is None:
-            building = m.buildings[found.key] = Building()
-        with building.changed:
-            building.wanted.append(cancelled)
+        building, leads = m.builds.join(found.key, cancelled)
     if not leads:
         return building.wait(source, progress, cancelled)
 
@@ -140,8 +88,7 @@ def ensure_image(
 
 def _end(m: Manager, build: Build, building: Building, image: Image | None, error: JailmgrError | None) -> None:
     with m.image_lock:
-        m.buildings.pop(build.key, None)
-    building.end(image, error)
+        m.builds.end(build.key, building, image, error)
 
 
 def _build(m: Manager, build: Build, progress: Progress, unwanted: Cancelled) -> Image:

@@ -14,23 +14,13 @@ from typing import Any
 import msgspec
 
 from jailmgr.config import Root
-from jailmgr.manager.host import Manager
-from jailmgr.model import Jail, Network, Tenant
+from jailmgr.manager.context import Context
+from jailmgr.model import Jail, Kept, OnDisk
 from jailmgr.runtime.bundle import CONFIG, save_bundle
 from jailmgr.runtime.jsonfile import read_json
 from jailmgr.runtime.plainfile import read_bytes
 
 ANNOTATION = "org.jailmgr.store"
-
-
-class Kept(msgspec.Struct, frozen=True):
-    """A jail's row, its tenant's and those of its networks."""
-
-    jail: Jail
-    tenant: Tenant
-    networks: list[Network]
-    uuid: str = ""
-    """Of the jail; empty in a config.json of a release before this one."""
 
 
 class _Annotations(msgspec.Struct):
@@ -42,14 +32,7 @@ class _Config(msgspec.Struct):
     annotations: _Annotations
 
 
-class OnDisk(msgspec.Struct, frozen=True):
-    """What a config.json says of whose it is. `id` is None where it can't be known."""
-
-    id: int | None = None
-    kept: Kept | None = None
-
-
-def keep(m: Manager, jail: Jail) -> str:
+def keep(m: Context, jail: Jail) -> str:
     """The annotation of a jail, as JSON."""
     networks = [m.store.find_network(jail.tenant, name) for name in {nic.network for nic in jail.nics}]
     found = [network for network in networks if network is not None]
@@ -57,7 +40,7 @@ def keep(m: Manager, jail: Jail) -> str:
     return msgspec.json.encode(kept).decode()
 
 
-def renew(m: Manager, jail: Jail) -> None:
+def renew(m: Context, jail: Jail) -> None:
     """Write the annotation of a jail whose row has changed; nothing where it has no config.json. Raises OSError."""
     directory = m.root.jail_lib(jail.tenant, jail.name)
     config = read_json(f"{directory}/{CONFIG}")

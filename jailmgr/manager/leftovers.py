@@ -15,7 +15,7 @@ from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
 from jailmgr.manager import lxcfs
 from jailmgr.manager.adoption import adopt_all
-from jailmgr.manager.host import Manager
+from jailmgr.manager.opening import opened
 from jailmgr.model import BUILD_TENANT, Jail
 from jailmgr.network import bridge, dns, firewall, shaping
 from jailmgr.runtime import cgroups, netlink
@@ -84,13 +84,11 @@ def fix(root: Root, adopt: bool = False) -> list[str]:
                 leftover.remove()
         done = [*adopted, *(f"removed {leftover.what}" for leftover in found)]
         if alone and os.path.exists(root.store):
-            m = Manager(root)
             try:
-                m.open(autostart=False)
+                with opened(root, autostart=False):
+                    pass
             except JailmgrError as error:
                 done.append(f"not finished: {error}")
-            else:
-                m.close()
     return done
 
 

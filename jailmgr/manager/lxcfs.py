@@ -18,20 +18,18 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, from_os
+from jailmgr.manager.watch import Watcher
 from jailmgr.runtime import attach, cgroups, scope
 from jailmgr.runtime.cgroup_services import has_service, make_service, remove_service
 from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.runtime.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount
-
-if TYPE_CHECKING:
-    from jailmgr.manager.host import Manager
-    from jailmgr.manager.watch import Watcher
 
 SBIN = "/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin:/bin"
 DEVICE = "/dev/fuse"
@@ -68,85 +66,107 @@ def is_there(root: Root) -> bool:
     return _place(root).exists() or has_service(cgroups.discover(), root.cgroup, CGROUP)
 
 
-def up(m: Manager) -> None:
-    """Have it run, where the host has one, before a jail starts. What fails is logged: jails do without."""
-    # Where it runs, no start waits until the jails of all tenants have been given its files.
-    watcher = m.watcher
-    if watcher is None or watcher.watches_lxcfs:
-        return
-    with m.lxcfs_lock:
-        if not watcher.watches_lxcfs:
-            m.lxcfs_tries = 0
-            _attempt(m, watcher)
+class Lxcfs:
+    """The one of an instance, from the first jail on."""
 
+    def __init__(self, root: Root, watcher: Watcher) -> None:
+        self._root = root
+        self._watcher = watcher
+        self._lock = threading.Lock()
+        """Over its start."""
+        self._watched = False
+        """Whether there is one, or its end has not been seen yet."""
+        self._ends: list[float] = []
+        """When it died lately, of time.monotonic()."""
+        self._tries = 0
+        """How often its files have been given once more, since it began, without all jails having them."""
+        self._lack: list[str] = []
+        """Tenants of those jails; empty before all were asked."""
+        self._again_at = 0.0
 
-def again(m: Manager) -> None:
-    """Where jails still lack its files: have it run, and give them."""
-    with m.lxcfs_lock:
-        if m.watcher is not None and _stale(m.root).exists():
-            _attempt(m, m.watcher)
+    def up(self) -> None:
+        """Have it run, where the host has one, before a jail starts. What fails is logged: jails do without."""
+        # Where it runs, no start waits until the jails of all tenants have been given its files.
+        if not self._watcher.is_open or self._watched:
+            return
+        with self._lock:
+            if not self._watched:
+                self._tries = 0
+                self._attempt()
 
+    def again(self) -> None:
+        """Where jails still lack its files: have it run, and give them."""
+        with self._lock:
+            if self._watcher.is_open and _stale(self._root).exists():
+                self._attempt()
 
-def _attempt(m: Manager, watcher: Watcher) -> None:
-    try:
-        if watcher.watches_lxcfs or _run(m, watcher):
-            _give(m)
-    except (JailmgrError, OSError) as error:
-        log.error("lxcfs: %s: jails see the host's memory and CPUs", error)
-    if _stale(m.root).exists() and m.lxcfs_tries < len(PAUSES_S):
-        watcher.lxcfs_again(PAUSES_S[m.lxcfs_tries])
-        m.lxcfs_tries += 1
+    def settle(self, needed: bool) -> None:
+        """When the engine begins: find it again. One that died is replaced where jails run, else cleared away."""
+        if needed:
+            self.up()
+            return
+        pidfd = _find_whole(self._root)
+        if pidfd is None:
+            stop(self._root)
+        else:
+            self._watch(pidfd)
 
+    def _attempt(self) -> None:
+        try:
+            if self._watched or self._run():
+                self._give()
+        except (JailmgrError, OSError) as error:
+            log.error("lxcfs: %s: jails see the host's memory and CPUs", error)
+        if _stale(self._root).exists() and self._tries < len(PAUSES_S):
+            pause = PAUSES_S[self._tries]
+            self._tries += 1
+            at = self._again_at = time.monotonic() + pause
+            self._watcher.after(pause, partial(self._again_if_due, at))
 
-def _run(m: Manager, watcher: Watcher) -> bool:
-    """Have one run, and be watched; False where the host has none. Raises JailmgrError, OSError."""
-    root = m.root
-    pidfd = _find_whole(root)
-    if pidfd is None:
-        found = program()
-        if found is None or not os.path.exists(DEVICE):
-            return False
-        _unmount(root)
-        os.makedirs(root.lxcfs, mode=0o700, exist_ok=True)
-        _stale(root).touch()
-        m.lxcfs_lack = []
-        pidfd = _start(root, found)
-    watcher.watch_lxcfs(pidfd)
-    return True
+    def _again_if_due(self, at: float) -> None:
+        if at == self._again_at:  # no later try has taken its place
+            self.again()
 
+    def _run(self) -> bool:
+        """Have one run, and be watched; False where the host has none. Raises JailmgrError, OSError."""
+        root = self._root
+        pidfd = _find_whole(root)
+        if pidfd is None:
+            found = program()
+            if found is None or not os.path.exists(DEVICE):
+                return False
+            _unmount(root)
+            os.makedirs(root.lxcfs, mode=0o700, exist_ok=True)
+            _stale(root).touch()
+            self._lack = []
+            pidfd = _start(root, found)
+        self._watch(pidfd)
+        return True
 
-def _give(m: Manager) -> None:
-    """Its files to the jails that run, where some lack them: of all tenants, and then of those where it failed."""
-    if not _stale(m.root).exists():
-        return
-    tenants = f"{m.root.run}/tenants"
-    asked = m.lxcfs_lack or (os.listdir(tenants) if os.path.isdir(tenants) else [])
-    m.lxcfs_lack = [tenant for tenant in asked if not _renew(m.root, tenant)]
-    if not m.lxcfs_lack:
-        _stale(m.root).unlink()
+    def _watch(self, pidfd: int) -> None:
+        self._watched = True
+        self._watcher.watch_pidfd(pidfd, self._ended)
 
+    def _give(self) -> None:
+        """Its files to the jails that run, where some lack them: of all tenants, and then of those where it failed."""
+        if not _stale(self._root).exists():
+            return
+        tenants = f"{self._root.run}/tenants"
+        asked = self._lack or (os.listdir(tenants) if os.path.isdir(tenants) else [])
+        self._lack = [tenant for tenant in asked if not _renew(self._root, tenant)]
+        if not self._lack:
+            _stale(self._root).unlink()
 
-def settle(m: Manager, needed: bool) -> None:
-    """When the engine begins: find it again. One that died is replaced where jails run, else cleared away."""
-    if needed:
-        up(m)
-        return
-    pidfd = _find_whole(m.root)
-    if pidfd is None:
-        stop(m.root)
-    elif m.watcher is not None:
-        m.watcher.watch_lxcfs(pidfd)
-
-
-def ended(m: Manager) -> None:
-    """It has died: start the next one, and give its files to the jails that run."""
-    now = time.monotonic()
-    m.lxcfs_ends = [*(at for at in m.lxcfs_ends if now - at < ENDS_S), now]
-    if len(m.lxcfs_ends) > ENDS_MAX:
-        log.error("lxcfs has ended %d times within %.0f s: it is left so until a jail starts", ENDS_MAX + 1, ENDS_S)
-        return
-    log.warning("lxcfs has ended: the next one takes its place")
-    up(m)
+    def _ended(self) -> None:
+        """It has died: start the next one, and give its files to the jails that run."""
+        self._watched = False
+        now = time.monotonic()
+        self._ends = [*(at for at in self._ends if now - at < ENDS_S), now]
+        if len(self._ends) > ENDS_MAX:
+            log.error("lxcfs has ended %d times within %.0f s: it is left so until a jail starts", ENDS_MAX + 1, ENDS_S)
+            return
+        log.warning("lxcfs has ended: the next one takes its place")
+        self.up()
 
 
 def stop(root: Root) -> None:

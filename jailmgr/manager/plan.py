@@ -20,7 +20,6 @@ from jailmgr.manager.apparmor import ensure_profile
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import keep
 from jailmgr.manager.nodes import nodes_of
-from jailmgr.manager.pinning import cpus_for
 from jailmgr.model import Jail, Network, Nic, Recipe, Tenant
 from jailmgr.network.bridge import bridge_name, uplink_mtu
 from jailmgr.network.dns import DOMAIN
@@ -72,7 +71,7 @@ def kernel_limits(m: Manager, jail: Jail, tenant: Tenant | None = None) -> Limit
         limits = limits._replace(processes=PROCESSES)
     limits = limits._replace(
         io=io_limit(m, jail.name, root.get("limits.read", both), root.get("limits.write", both)),
-        cpus=m.pins.get((jail.tenant, jail.name)),
+        cpus=m.pins.of(jail),
     )
     if limits.cpu_quota is None or "cpu" not in m.hierarchies.v1:
         return limits
@@ -194,7 +193,7 @@ def make_plan(m: Manager, jail: Jail, stopped: bool = False) -> Plan:
         nics=[nic_plan(m.root, network, nic, shape) for network, nic in networks],
         dns=[address.partition("/")[0] for network, _ in networks[:1] for address in (network.ipv4, network.ipv6)],
         domain=DOMAIN,
-        limits=kernel_limits(m, jail)._replace(cpus=None if stopped else cpus_for(m, jail)),
+        limits=kernel_limits(m, jail)._replace(cpus=None if stopped else m.pins.choose(jail)),
         seccomp=seccomp_filter(m.root, calls),
         keyctl=calls.keyctl,
         apparmor=ensure_profile(m.root),

@@ -16,13 +16,11 @@ from jailmgr.errors import JailmgrError
 from jailmgr.image import store as image_store
 from jailmgr.manager import lxcfs, networks
 from jailmgr.manager.builder import builds_left, remove_build
-from jailmgr.manager.claiming import claim_uid
 from jailmgr.manager.configure import finish_rename
 from jailmgr.manager.delete import finish_delete
 from jailmgr.manager.host import Manager
 from jailmgr.manager.kept import read as read_kept
 from jailmgr.manager.kept import renew as renew_kept
-from jailmgr.manager.pinning import follow_pin
 from jailmgr.manager.plan import write_bundle
 from jailmgr.manager.ports import ports_of
 from jailmgr.manager.running import is_up, running
@@ -61,7 +59,7 @@ def reconcile(m: Manager) -> None:
     attempt("ports of jails that have ended", partial(networks.settle, m, alive))
     for jail in alive:
         attempt(f"the network of {jail.name}", partial(networks.up, m, jail))
-        attempt(f"the CPUs of {jail.name}", partial(follow_pin, m, jail.tenant, jail.name))
+        attempt(f"the CPUs of {jail.name}", partial(m.pins.follow, jail.tenant, jail.name))
         attempt(f"config.json of {jail.name}", partial(_mend_bundle, m, jail))
     # Those with a state file whose init is gone, too: how they ended is for a supervisor to say and to clear away.
     for tenant in {jail.tenant for jail in alive}:
@@ -72,7 +70,7 @@ def reconcile(m: Manager) -> None:
     for jail in alive:
         if not running(m, jail):
             attempt(f"the ports of {jail.name}", partial(networks.follow, m, jail.tenant, jail.name))
-    attempt("lxcfs", partial(lxcfs.settle, m, bool(all_up(m.root))))
+    attempt("lxcfs", partial(m.lxcfs.settle, bool(all_up(m.root))))
     if not m.store.fact("kept"):
         attempt("what config.json files keep of the store", partial(_keep_all, m))
 
@@ -137,13 +135,11 @@ def _is_watched(m: Manager, tenant: str) -> bool:
 
 
 def _watch_over(m: Manager, tenant: str) -> None:
-    if m.watcher is not None:
-        m.watcher.watch(tenant)
+    m.supervisors.watch(tenant)
     if supervisor_process(m.root, tenant) is None:
         log.info("tenant %s has no supervisor: a new one adopts its jails", tenant)
         attach.connect(m.root, tenant).close()
-        if m.watcher is not None:
-            m.watcher.watch(tenant)  # once more: before, there was no supervisor to watch
+        m.supervisors.watch(tenant)  # once more: before, there was no supervisor to watch
     else:
         renew_supervisor(m.root, tenant)
 
@@ -151,7 +147,7 @@ def _watch_over(m: Manager, tenant: str) -> None:
 def _claim_again(m: Manager) -> None:
     """Claims are kept in /run. What is in use is claimed anew after a loss; what isn't, at the next start of a jail."""
     for tenant in m.store.tenants():
-        attempt(f"the uid of {tenant.name}", partial(claim_uid, m, tenant.name))
+        attempt(f"the uid of {tenant.name}", partial(m.claims.uid, tenant.name))
     for network in m.store.networks():
         attempt(f"the subnet of {network.name}", partial(networks.claim, m, network))
 

@@ -11,30 +11,17 @@ import re
 import socket
 from collections.abc import Iterable
 
-import msgspec
-
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError, full_name
 from jailmgr.manager import kept
-from jailmgr.manager.host import ADOPT, Manager
-from jailmgr.manager.kept import OnDisk
-from jailmgr.model import BUILD_TENANT, Jail, Network, Nic
+from jailmgr.manager.context import ADOPT, Context
+from jailmgr.model import BUILD_TENANT, Jail, Network, Nic, OnDisk, Stranger
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import load_bundle
 from jailmgr.runtime.state import all_up
 from jailmgr.storage.pool import is_made
 from jailmgr.storage.volume import committed_usage, list_volumes
 from jailmgr.store import Row, Store
-
-
-class Stranger(msgspec.Struct, frozen=True):
-    """`up`: it runs, or may. `addresses`: its IPv4 addresses, without prefix length."""
-
-    tenant: str
-    name: str
-    up: bool
-    on_disk: OnDisk
-    addresses: frozenset[str]
 
 
 def find_strangers(root: Root, rows: Iterable[Row], volumes: Iterable[tuple[str, str]]) -> list[Stranger]:
@@ -71,7 +58,7 @@ def refuse_store_without_jails(root: Root, store: Store, volumes: Iterable[tuple
         _refuse_lost(root, store, "it has no jails", volumes)
 
 
-def meet_strangers(m: Manager) -> None:
+def meet_strangers(m: Context) -> None:
     """Find the strangers as the engine opens, and see that nothing of theirs is given to another jail.
 
     Raises JailmgrError where the store has no jail at all, and some are there: it was lost.
@@ -95,7 +82,7 @@ def meet_strangers(m: Manager) -> None:
     )
 
 
-def check_free(m: Manager, tenant: str, name: str) -> None:
+def check_free(m: Context, tenant: str, name: str) -> None:
     """Refuse a name of which anything is there: it may be all that is left of a jail whose row was lost.
 
     JailmgrError `conflict`. Its caller has taken the name in the store, so no jail of the store's is in the way.
@@ -119,7 +106,7 @@ def check_free(m: Manager, tenant: str, name: str) -> None:
         raise JailmgrError(f"jail {full_name(tenant, name)}", why, hint, "conflict")
 
 
-def check_tenant_free(m: Manager, tenant: str) -> None:
+def check_tenant_free(m: Context, tenant: str) -> None:
     """Refuse to make or delete a tenant that the store says has no jails, while some are there. JailmgrError."""
     volumes = list_volumes(m.pool) if is_made(m.root) else []
     there = {*jails_on_disk(m.root), *volumes, *_up(m.root)}
@@ -128,12 +115,12 @@ def check_tenant_free(m: Manager, tenant: str) -> None:
         raise JailmgrError(f"tenant {tenant}", why, ADOPT.replace(" it ", " them ", 1), "conflict")
 
 
-def addresses_of_strangers(m: Manager) -> set[str]:
+def addresses_of_strangers(m: Context) -> set[str]:
     """IPv4 addresses that are no jail's of the store's, and not free."""
     return {address for one in m.strangers.values() for address in one.addresses}
 
 
-def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, Jail]]:
+def published_by_strangers(m: Context) -> list[tuple[Network, Nic, Jail]]:
     """The first interface of each that runs, to which its ports lead, for the rules."""
     found = []
     for one in m.strangers.values():
@@ -144,7 +131,7 @@ def published_by_strangers(m: Manager) -> list[tuple[Network, Nic, Jail]]:
     return found
 
 
-def image_of_stranger(m: Manager, fingerprint: str) -> str | None:
+def image_of_stranger(m: Context, fingerprint: str) -> str | None:
     """Full name of a jail that is made of the image and that the store does not know; None where there is none."""
     for one in m.strangers.values():
         if one.on_disk.kept is not None and one.on_disk.kept.jail.image == fingerprint:

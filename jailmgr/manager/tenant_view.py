@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from jailmgr.manager.accounting import usage
 from jailmgr.manager.admission import allocated, totals_of
 from jailmgr.manager.host import Manager
 from jailmgr.manager.metering import Amounts as UsedInSpan
@@ -18,9 +16,6 @@ from jailmgr.runtime.state import running_jails, supervisor_process
 from jailmgr.storage.volume import tenant_usage
 from jailmgr.tenant_keys import parse_list
 from jailmgr.times import rfc3339
-
-LOOK_SECONDS = 0.2
-"""CPU time of less than that makes no mean."""
 
 
 def list_tenants(m: Manager) -> list[TenantView]:
@@ -41,9 +36,9 @@ def billed(m: Manager, tenants: list[str] | None, since: float, until: float) ->
     """
     there = {tenant.id: tenant for tenant in m.store.tenants()}
     records = (
-        usage(m, None, since, until)
+        m.accountant.usage(None, since, until)
         if tenants is None
-        else [record for tenant in tenants for record in usage(m, tenant, since, until)]
+        else [record for tenant in tenants for record in m.accountant.usage(tenant, since, until)]
     )
     for name in {*(tenants or ())} - {record.tenant for record in records}:
         get_tenant(m, name)
@@ -115,7 +110,7 @@ def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
     return Used(
         instances=len(running_jails(m.root, tenant.name)),
         memory_bytes=memory,
-        cpu=_mean_cpus(m, tenant.name, cpu_ns or 0),
+        cpu=m.cpu_meter.mean(tenant.name, cpu_ns or 0),
         processes=processes or 0,
         disk_bytes=(tenant_usage(pool, tenant.name, tenant.id) if pool is not None else None) or 0,
         networks=promised.networks,
@@ -125,18 +120,3 @@ def _used(m: Manager, tenant: Tenant, promised: Amounts) -> Used:
         cpu_ns=cpu_ns or 0,
         cache_bytes=(whole or 0) - memory,
     )
-
-
-def _mean_cpus(m: Manager, tenant: str, cpu_ns: int) -> float | None:
-    """Number of CPUs it kept busy since somebody looked, a moment ago or more; None where nobody has.
-
-    The group may be older than this engine: its whole CPU time is no difference.
-    """
-    now = time.monotonic()
-    if tenant not in m.cpu_seen:
-        m.cpu_seen[tenant] = (now, cpu_ns, None)
-    at, before, mean = m.cpu_seen[tenant]
-    if now - at >= LOOK_SECONDS:
-        mean = round(max(0, cpu_ns - before) / 1e9 / (now - at), 2)
-        m.cpu_seen[tenant] = (now, cpu_ns, mean)
-    return mean

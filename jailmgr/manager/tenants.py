@@ -130,9 +130,9 @@ def delete_tenant(m: Manager, name: str) -> None:
     take_down_tenant(m, tenant)
     limit_total_connections(m, tenant, None)
     m.store.remove_tenant(name)
-    m.claimed.discard(f"uid/{name}")
-    m.totals.pop(name, None)
-    m.cpu_seen.pop(name, None)
+    m.claims.forget_uid(name)
+    m.totals.forget(name)
+    m.cpu_meter.forget(name)
     with ExitStack() as rest:
         rest.callback(claims.release, m.root, "uid", tenant.name)
         if is_made(m.root):

@@ -26,11 +26,11 @@ def ensure_totals(m: Manager, name: str) -> None:
     if limits == Limits() and name not in m.totals:
         return
     group = group_of(m, name)
-    if m.totals.get(name) == (limits, cgroups.identity(m.hierarchies, group)):
+    if m.totals.are(name, limits, m.hierarchies, group):
         return
     cgroups.tenant_group(m.hierarchies, m.root.cgroup, name)
     cgroups.set_limits(m.hierarchies, group, limits)
-    m.totals[name] = (limits, cgroups.identity(m.hierarchies, group))
+    m.totals.put(name, limits, m.hierarchies, group)
 
 
 def renew_totals(m: Manager, name: str) -> None:
@@ -41,7 +41,7 @@ def renew_totals(m: Manager, name: str) -> None:
     """
     with m.tenant(name):
         tenant = m.store.tenant(name)
-        m.totals[name] = (Limits(), 0)
+        m.totals.doubt(name)
         try:
             ensure_totals(m, name)
         except JailmgrError as error:
@@ -109,8 +109,8 @@ def _limit_group(m: Manager, name: str, before: Limits, after: Limits, undo: Exi
     if cgroups.identity(m.hierarchies, group):
         undo.callback(cgroups.set_limits, m.hierarchies, group, before)
         cgroups.set_limits(m.hierarchies, group, after)
-    undo.callback(m.totals.pop, name, None)
-    m.totals.pop(name, None)
+    undo.callback(m.totals.forget, name)
+    m.totals.forget(name)
 
 
 def _limit_jails(m: Manager, old: Tenant, new: Tenant, undo: ExitStack) -> None:

@@ -48,12 +48,10 @@ def list_jails(m: Manager, tenant: str | None = None) -> list[JailView]:
 
 
 def _stopped_view(m: Manager, row: Row, disk: int | None) -> JailView:
-    known = m.stopped_views.get(row.jail.id)
-    if known is not None and known[0] is row and known[1] == disk:
-        return known[2]
-    view = JailView(**_fields(row.jail, row.state), usage=Usage(disk_bytes=disk))
-    m.stopped_views[row.jail.id] = (row, disk, view)
-    return view
+    known = m.stopped_views.get(row, disk)
+    if known is not None:
+        return known
+    return m.stopped_views.put(row, disk, JailView(**_fields(row.jail, row.state), usage=Usage(disk_bytes=disk)))
 
 
 def info(m: Manager, tenant: str, name: str) -> JailInfo:

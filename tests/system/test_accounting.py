@@ -16,11 +16,11 @@ from contextlib import contextmanager
 import pytest
 
 from jailmgr.config import Root
-from jailmgr.manager.accounting import usage
 from jailmgr.manager.create import create, launch
 from jailmgr.manager.delete import delete
 from jailmgr.manager.host import Manager
 from jailmgr.manager.metering import Clock, JailUsage
+from jailmgr.manager.opening import close_manager, open_manager
 from jailmgr.manager.stop import stop
 from jailmgr.runtime.runs import LOG
 from jailmgr.runtime.state import load_state, running_jails
@@ -52,15 +52,15 @@ def _launch(instance: Instance, name: str) -> None:
 def engine(root: Root) -> Iterator[Manager]:
     """What an engine does when it begins and ends, in this process."""
     m = Manager(root)
-    m.open()
+    open_manager(m)
     try:
         yield m
     finally:
-        m.close()
+        close_manager(m)
 
 
 def used(m: Manager, name: str) -> JailUsage:
-    found = [jail for record in usage(m, None, 0.0, 1e11) for jail in record.jails if jail.jail == name]
+    found = [jail for record in m.accountant.usage(None, 0.0, 1e11) for jail in record.jails if jail.jail == name]
     assert len(found) == 1, f"{name}: {found}"
     return found[0]
 
@@ -199,7 +199,7 @@ def test_a_jail_that_is_deleted_stays_on_the_bill(instance: Instance) -> None:
     _launch(instance, "goes")
     kill(instance.engine_pid())
     with engine(instance.root) as m:
-        (record,) = usage(m, "default", 0.0, 1e11)
+        (record,) = m.accountant.usage("default", 0.0, 1e11)
         gone, there = sorted(record.jails, key=lambda jail: jail.jail_id)
         assert burnt(gone.cpu_ns, 1), gone
         assert there.jail == "goes"
@@ -237,8 +237,9 @@ SAMPLING = """
 import sys
 from jailmgr.config import find_root
 from jailmgr.manager.host import Manager
+from jailmgr.manager.opening import close_manager, open_manager
 m = Manager(find_root(sys.argv[1]))
-m.open()
+open_manager(m)
 print("open", flush=True)
 while True:
     m.accountant.sample()

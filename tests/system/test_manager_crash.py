@@ -21,6 +21,7 @@ from jailmgr.manager.create import create
 from jailmgr.manager.delete import delete
 from jailmgr.manager.host import Manager
 from jailmgr.manager.leftovers import find_leftovers
+from jailmgr.manager.opening import close_manager, open_manager
 from jailmgr.manager.start import start
 from jailmgr.manager.stop import stop
 from jailmgr.manager.view import list_jails
@@ -38,9 +39,10 @@ from jailmgr.manager.configure import configure, rename
 from jailmgr.manager.create import launch
 from jailmgr.manager.delete import delete
 from jailmgr.manager.host import Manager
+from jailmgr.manager.opening import close_manager, open_manager
 from jailmgr.manager.stop import stop
 m = Manager(find_root(sys.argv[1]))
-m.open()
+open_manager(m)
 print("open", flush=True)
 for number in itertools.count():
     name, port = f"k{number % 3}", 7000 + number % 3
@@ -63,9 +65,9 @@ def root(netns: Netns) -> Iterator[Root]:
 def test_killed_at_any_moment(root: Root, seed: int) -> None:
     chance = random.Random(seed)
     m = Manager(root)
-    m.open()
+    open_manager(m)
     delete(m, "default", create(m, "default", None, "busybox", {}, {}).name)
-    m.close()
+    close_manager(m)
     for _ in range(ROUNDS):
         with subprocess.Popen([sys.executable, "-c", BUSY, root.at], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
@@ -74,7 +76,7 @@ def test_killed_at_any_moment(root: Root, seed: int) -> None:
             time.sleep(chance.random() * 0.35)
             child.kill()
         m = Manager(root)
-        m.open()
+        open_manager(m)
         try:
             assert {row.state for row in m.store.rows()} <= {READY}
             for view in list_jails(m):
@@ -83,7 +85,7 @@ def test_killed_at_any_moment(root: Root, seed: int) -> None:
                 start(m, "default", view.name)
                 delete(m, "default", view.name, force=True)
         finally:
-            m.close()
+            close_manager(m)
         # A link goes with its jail's network namespace, which the kernel takes away when it comes to it.
         until(lambda: not find_leftovers(root), 10, "nothing is left")
 
@@ -103,25 +105,25 @@ def test_a_creation_that_is_undone_is_killed_at_any_line(root: Root, failing: st
 
     def undone() -> None:
         m = Manager(root)
-        m.open()
+        open_manager(m)
         if failing == "the row":
             m.store.set_state = refuse  # type: ignore[method-assign]
         else:
             networks.refresh_names = no_names  # in the process that is killed
         with pytest.raises(JailmgrError):
             create(m, "default", "web", "busybox", {}, {})
-        m.close()
+        close_manager(m)
 
     m = Manager(root)
-    m.open()
+    open_manager(m)
     delete(m, "default", create(m, "default", None, "busybox", {}, {}).name)
-    m.close()
+    close_manager(m)
     line, killed, seen = 0, True, set()
     while killed:
         line += 1
         killed = killed_at(line, ("manager/delete.py",), undone)
         m = Manager(root)
-        m.open()
+        open_manager(m)
         try:
             views = list_jails(m)
             seen.add(len(views))
@@ -129,7 +131,7 @@ def test_a_creation_that_is_undone_is_killed_at_any_line(root: Root, failing: st
                 start(m, "default", view.name)
                 delete(m, "default", view.name, force=True)
         finally:
-            m.close()
+            close_manager(m)
     assert seen == ({0, 1} if failing == "the row" else {0})
 
 
@@ -141,7 +143,7 @@ def test_what_fails_for_a_running_jail_leaves_its_ports(root: Root, monkeypatch:
 
     proxy = {"type": "proxy", "listen": "tcp:0.0.0.0:7000", "connect": "tcp:127.0.0.1:80"}
     m = Manager(root)
-    m.open()
+    open_manager(m)
     try:
         jail = create(m, "default", "web", "busybox", {}, {"web": proxy})
         start(m, "default", "web")
@@ -161,7 +163,7 @@ def test_what_fails_for_a_running_jail_leaves_its_ports(root: Root, monkeypatch:
         claims.release(root, "port", "another")
         delete(m, "default", "web")
     finally:
-        m.close()
+        close_manager(m)
 
 
 def _published(root: Root, port: int) -> bool:

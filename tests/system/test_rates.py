@@ -20,6 +20,7 @@ from jailmgr.manager.create import launch
 from jailmgr.manager.delete import delete
 from jailmgr.manager.host import Manager
 from jailmgr.manager.leftovers import find_leftovers
+from jailmgr.manager.opening import close_manager, open_manager
 from jailmgr.manager.tenants import create_tenant, delete_tenant, set_tenant
 from jailmgr.network import bridge, shaping
 from jailmgr.runtime.state import read_state
@@ -160,13 +161,13 @@ def m(netns: Netns) -> Iterator[Manager]:
     """An instance without an engine; nothing is left of it."""
     with tempfile.TemporaryDirectory(prefix="jmrates") as directory:
         made = Manager(find_root(directory))
-        made.open()
+        open_manager(made)
         try:
             yield made
         finally:
             for jail in made.store.jails():
                 delete(made, jail.tenant, jail.name, force=True)
-            made.close()
+            close_manager(made)
         assert _ifbs(made.root) == []
         # Held-back connections keep a jail's network namespace: its link is removed as its supervisor ends.
         until(lambda: not find_leftovers(made.root), 10, "nothing is left")

@@ -13,7 +13,7 @@ from jailmgr.config import find_root
 from jailmgr.errors import JailmgrError
 from jailmgr.keys import IDS
 from jailmgr.manager import builder
-from jailmgr.manager.claiming import claim_idmap, idmap_key
+from jailmgr.manager.claiming import Claims, idmap_key
 from jailmgr.manager.host import Manager
 from jailmgr.model import FIRST_IDMAP_SIZE, Jail
 from jailmgr.store import Store
@@ -59,7 +59,7 @@ def test_a_jail_of_an_older_release_has_the_ids_it_had(m: Manager) -> None:
     jail = jail_of_0_1_0(m)
     assert (jail.idmap_base, jail.idmap_size) == (FIRST, FIRST_IDMAP_SIZE)
     jail_of_0_1_0(m, "next")
-    moved = claim_idmap(m, jail)
+    moved = m.claims.idmap(jail)
     assert (moved.idmap_base, moved.idmap_size) == (FIRST + 2 * FIRST_IDMAP_SIZE, IDS)
     m.store.close()
     m.store.open()
@@ -68,45 +68,45 @@ def test_a_jail_of_an_older_release_has_the_ids_it_had(m: Manager) -> None:
 
 def test_one_that_is_about_to_be_started_again_stays_where_it_is(m: Manager) -> None:
     jail = jail_of_0_1_0(m)
-    assert claim_idmap(m, jail, resize=False) == jail
-    assert claim_idmap(m, jail) == msgspec.structs.replace(jail, idmap_size=IDS)
+    assert m.claims.idmap(jail, resize=False) == jail
+    assert m.claims.idmap(jail) == msgspec.structs.replace(jail, idmap_size=IDS)
 
 
 def test_the_default_keeps_no_jail_of_an_older_release_from_its_start(m: Manager) -> None:
     jail, other = jail_of_0_1_0(m), jail_of_0_1_0(m, "next")
     leave_free(m, 2 * FIRST_IDMAP_SIZE)
-    assert claim_idmap(m, jail) == jail
-    m.claimed.clear()
-    assert claim_idmap(m, jail) == jail
+    assert m.claims.idmap(jail) == jail
+    m.claims = Claims(m)
+    assert m.claims.idmap(jail) == jail
     wanted = msgspec.structs.replace(other, config={SIZE: str(IDS)})
     with pytest.raises(JailmgrError) as caught:
-        claim_idmap(m, wanted)
+        m.claims.idmap(wanted)
     assert caught.value.code == "full"
     assert f"{SIZE}={2 * FIRST_IDMAP_SIZE} or less" in caught.value.hint
     smaller = msgspec.structs.replace(other, config={SIZE: str(2 * FIRST_IDMAP_SIZE)})
-    assert claim_idmap(m, smaller).idmap_size == 2 * FIRST_IDMAP_SIZE
+    assert m.claims.idmap(smaller).idmap_size == 2 * FIRST_IDMAP_SIZE
 
 
 def test_a_new_jail_gets_what_it_asks_for_or_an_error(m: Manager) -> None:
     leave_free(m, 2 * FIRST_IDMAP_SIZE)
     with pytest.raises(JailmgrError) as caught:
-        claim_idmap(m, m.store.reserve("acme", "new", "busybox", {}, {}))
+        m.claims.idmap(m.store.reserve("acme", "new", "busybox", {}, {}))
     assert caught.value.code == "full"
     assert builder.claim_idmap(m, "build")[1] == FIRST_IDMAP_SIZE, "a build gets by with the least"
-    small = claim_idmap(m, m.store.reserve("acme", "small", "busybox", {SIZE: str(FIRST_IDMAP_SIZE)}, {}))
+    small = m.claims.idmap(m.store.reserve("acme", "small", "busybox", {SIZE: str(FIRST_IDMAP_SIZE)}, {}))
     assert small.idmap_size == FIRST_IDMAP_SIZE
 
 
 def test_a_base_that_an_older_release_changed_has_its_size(m: Manager) -> None:
     """An administrator went back to 0.1.0 for a while, which moved the jail."""
-    jail = claim_idmap(m, jail_of_0_1_0(m))
+    jail = m.claims.idmap(jail_of_0_1_0(m))
     with m.store.transaction() as db:
         db.execute("UPDATE jails SET idmap_base = idmap_base + 65536 WHERE id = ?", (jail.id,))
     assert m.store.jail("acme", "web").idmap_size == FIRST_IDMAP_SIZE
 
 
 def test_the_store_forgets_the_size_with_the_jail(m: Manager) -> None:
-    jail = claim_idmap(m, jail_of_0_1_0(m))
+    jail = m.claims.idmap(jail_of_0_1_0(m))
     assert m.store.fact(f"idmap/{jail.id}")
     m.store.remove(jail)
     assert not m.store.fact(f"idmap/{jail.id}")
@@ -114,7 +114,7 @@ def test_the_store_forgets_the_size_with_the_jail(m: Manager) -> None:
 
 @pytest.mark.parametrize("damage", ["many", "[1]", '["a", 2]', "{"])
 def test_a_size_that_is_none_is_damage(m: Manager, damage: str) -> None:
-    jail = claim_idmap(m, jail_of_0_1_0(m))
+    jail = m.claims.idmap(jail_of_0_1_0(m))
     m.store.set_fact(f"idmap/{jail.id}", damage)
     m.store.close()
     with pytest.raises(JailmgrError) as caught:

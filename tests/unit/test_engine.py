@@ -252,7 +252,7 @@ def test_what_can_be_refused_at_once_begins_no_operation(client: Client, fake: C
         ({"action": "start", "wait": True}, "start.start", {"wait": True}),
         ({"action": "stop", "timeout": 5}, "stop.stop", {"force": False, "timeout": 5}),
         ({"action": "stop", "timeout": -1, "force": True}, "stop.stop", {"force": True, "timeout": None}),
-        ({"action": "restart"}, "start.restart", {"force": False, "timeout": None, "wait": False}),
+        ({"action": "restart"}, "restart.restart", {"force": False, "timeout": None, "wait": False}),
         ({"action": "freeze"}, "stop.freeze", {}),
         ({"action": "unfreeze"}, "stop.unfreeze", {}),
     ],

@@ -23,6 +23,7 @@ from jailmgr.engine import logfile
 
 ENGINE = """
 import os, sys, threading, time
+from contextlib import contextmanager
 from types import SimpleNamespace
 os.geteuid = lambda: 0
 from jailmgr.engine import main, protocol, serve
@@ -35,17 +36,19 @@ class Manager:
     def __init__(self, root):
         self.root = root
         self.store = SimpleNamespace(find_row=lambda *_: True, tenants=list)
-    def open(self):
-        if "BROKEN" in os.environ:
-            raise JailmgrError("store", "it can't be read", "Put a copy in its place.")
-    def close(self):
-        open(f"{self.root.at}/closed", "w").close()
+
+@contextmanager
+def opened(root):
+    if "BROKEN" in os.environ:
+        raise JailmgrError("store", "it can't be read", "Put a copy in its place.")
+    yield Manager(root)
+    open(f"{root.at}/closed", "w").close()
 
 def slow(m, tenant, name, wait):
     while not os.path.exists(f"{m.root.at}/go-on"):
         time.sleep(0.01)
 
-serve.Manager, start.start = Manager, slow
+serve.opened, start.start = opened, slow
 sys.exit(main.main())
 """
 

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from jailmgr.config import Root
-from jailmgr.manager.kept import ANNOTATION, Kept, OnDisk, read
-from jailmgr.model import Jail, Network, Nic, Tenant
+from jailmgr.manager.kept import ANNOTATION, read
+from jailmgr.model import Jail, Kept, Network, Nic, OnDisk, Tenant
 
 JAIL = Jail(7, "acme", "web", "ab" * 32, "busybox", 1.0, {"limits.memory": "1GiB"}, {}, 1879113728)
 KEPT = Kept(JAIL, Tenant(3, "acme", 0.0, 1879048193), [])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jailmgr.manager.pinning import choose_cpus
+from jailmgr.manager.pins import choose_cpus
 from jailmgr.runtime import cgroups
 from jailmgr.runtime.bundle import Limits, Plan, compile_bundle, read_bundle
 from jailmgr.runtime.cgroup_cpuset import format_cpus, parse_cpus
