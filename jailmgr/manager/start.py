@@ -45,19 +45,23 @@ def wait_ready(m: Manager, tenant: str, name: str) -> None:
 
 
 def _wait_ready(m: Manager, tenant: str, name: str, timeout: float) -> None:
-    jail, deadline = full_name(tenant, name), time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     with m.watcher.changed:
         while True:
             state = load_state(m.root.tenant_run(tenant), name)
             if state is None:
-                raise JailmgrError(f"jail {jail}", "it ended before it was up", f"See: jailmgr logs {jail}")
+                raise _not_up(tenant, name, "it ended before it was up")
             if state.ready:
                 return
             left = deadline - time.monotonic()
             if left <= 0:
                 why = f"its init has not reported within {timeout:g} s that the system is up; the jail runs on"
-                raise JailmgrError(f"jail {jail}", why, f"See: jailmgr logs {jail}")
+                raise _not_up(tenant, name, why)
             m.watcher.changed.wait(left)
+
+
+def _not_up(tenant: str, name: str, why: str) -> JailmgrError:
+    return JailmgrError(f"jail {full_name(tenant, name)}", why, f"See: jailmgr logs {full_name(tenant, name)}")
 
 
 def boot(m: Manager, jail: Jail) -> None:
