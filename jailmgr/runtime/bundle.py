@@ -20,6 +20,8 @@ from jailmgr.runtime.jsonfile import read_json, write_json
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "config.json"
 MANAGER = "jailmgr"
+FILES_MAX = 1 << 20
+"""The hard limit on open files of a fresh boot (fs.nr_open, proc_sys_fs(5))."""
 """How a guest knows that it is in a container of ours: $container of process 1 (systemd's Container Interface)."""
 
 
@@ -162,7 +164,7 @@ def compile_bundle(plan: Plan) -> dict[str, Any]:
             "env": [f"{name}={value}" for name, value in environment.items()],
             "cwd": "/",
             "capabilities": {kind: list(BOUNDING) for kind in ("bounding", "effective", "permitted")},
-            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1048576}],
+            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": FILES_MAX}],
             "noNewPrivileges": False,
             "oomScoreAdj": plan.oom_score_adj,
             **profile,

@@ -87,7 +87,7 @@ def reset_signals() -> None:
 
 
 def set_limits(rlimits: list[tuple[str, int, int]]) -> None:
-    """Resource limits of a fresh boot, as far as this host's root may raise them (setrlimit(2))."""
+    """Set resource limits of a fresh boot, as far as the caller may raise them: in a jail not at all (setrlimit(2))."""
     for which in _DEFAULT_LIMITS:
         _set_limit(which, resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     for name, soft, hard in rlimits:

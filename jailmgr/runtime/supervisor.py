@@ -11,7 +11,6 @@ import fcntl
 import gc
 import json
 import os
-import resource
 import socket
 import sys
 import time
@@ -23,6 +22,7 @@ from jailmgr.errors import JailmgrError
 from jailmgr.runtime import cgroups, process, protocol, reexec, scope
 from jailmgr.runtime import syscalls as kernel
 from jailmgr.runtime.adopt import adopt_all, adopt_late
+from jailmgr.runtime.bundle import FILES_MAX
 from jailmgr.runtime.host import Host
 from jailmgr.runtime.jail import Jail
 from jailmgr.runtime.loop import Loop
@@ -151,7 +151,12 @@ def resume(run: str, memfd: int) -> None:
 
 
 def _settle_in() -> None:
-    """What a process of ours is, and no execve(2) hands on."""
+    """Set what a process of ours is, and raise the limits that jails begin with.
+
+    The kernel asks for CAP_SYS_RESOURCE in the host's user namespace (setrlimit(2)): a process in a jail's can keep
+    limits but raise none, so it would have those of the shell that the engine was started from.
+    """
+    process.set_limits([("RLIMIT_NOFILE", FILES_MAX, FILES_MAX)])
     kernel.set_name("jailmgr-super")
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     gc.collect()
@@ -172,9 +177,6 @@ def main(run: str, ready_fd: int, group: str = "") -> None:
     kernel.close_all_but(ready_fd)
     _own_stdio(f"{run}/{SUPERVISOR_LOG}")
     process.reset_signals()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     _settle_in()
 
     def ready() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from jailmgr.runtime.bundle import FILES_MAX
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, alive, kill, terminal, until
 
@@ -291,3 +293,27 @@ def test_a_killed_engine_leaves_nothing_doctor_cannot_name(jm: Instance, busybox
     jm.json("list")
     checks = {check["check"]: check for check in jm("doctor", "--format", "json", status=None).json}
     assert checks["leftovers"]["ok"], checks["leftovers"]["detail"]
+
+
+def test_a_jail_begins_with_limits_of_its_own(jm: Instance, other_tenant: str) -> None:
+    """Whatever limits the shell had from which the engine and its supervisors were started."""
+    if not has_cap_sys_resource():
+        pytest.skip("this host's root lacks CAP_SYS_RESOURCE, and may raise no limit")
+    lowered = {resource.RLIMIT_NOFILE: (4096, 4096), resource.RLIMIT_CPU: (7200, 7200)}
+    engine = jm.engine_pid()
+    before = {which: resource.prlimit(engine, which, low) for which, low in lowered.items()}
+    name = f"{other_tenant}/limits"
+    try:
+        jm("launch", "busybox", name)
+    finally:
+        for which, limits in before.items():
+            resource.prlimit(engine, which, limits)
+    begun = jm.exec(name, "cat", "/proc/1/limits", "/proc/self/limits").out.splitlines()
+    files = [line.split()[3:5] for line in begun if line.startswith("Max open files")]
+    assert files == [["1024", str(FILES_MAX)]] * 2
+    assert [line.split()[3:5] for line in begun if line.startswith("Max cpu time")] == [["unlimited"] * 2] * 2
+
+
+def has_cap_sys_resource() -> bool:
+    (effective,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "CapEff" in line]
+    return bool(int(effective, 16) >> 24 & 1)
