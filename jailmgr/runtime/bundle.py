@@ -19,9 +19,9 @@ from jailmgr.runtime.jsonfile import read_json, write_json
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIG = "config.json"
-MANAGER = "jailmgr"
 FILES_MAX = 1 << 20
 """The hard limit on open files of a fresh boot (fs.nr_open, proc_sys_fs(5))."""
+MANAGER = "jailmgr"
 """How a guest knows that it is in a container of ours: $container of process 1 (systemd's Container Interface)."""
 
 
