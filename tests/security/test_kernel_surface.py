@@ -57,11 +57,15 @@ def test_no_pool_no_volume_and_no_disk_of_the_host_is_named(guest: Guest) -> Non
 
 
 def test_what_is_masked_is_empty(guest: Guest) -> None:
-    """Each path of the list that the kernel has, as the jail shows it: an empty file, or an empty directory."""
+    """Each path of the list that the kernel has, as the jail shows it: an empty file, or an empty directory.
+
+    AppArmor's profile refuses to list some.
+    """
     there = [path for path in MASKED if Path(path).exists()]
     assert {"/sys/devices/virtual/block", "/proc/partitions"} <= set(there)
-    script = "\n".join(f"[ -d {path} ] && ls -A {path} || wc -c <{path}" for path in there)
-    assert set(guest.sh(script).split()) <= {"0"}
+    looks = "\n".join(f"[ -d {path} ] && ls -A {path} || wc -c <{path}" for path in there)
+    shown = guest.sh(f"{{\n{looks}\n}} 2>&1; true").splitlines()
+    assert {line for line in shown if not line.endswith("Permission denied")} <= {"0"}
 
 
 def test_file_systems_of_the_host_are_all_in_the_list(guest: Guest) -> None:
