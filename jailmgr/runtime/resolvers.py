@@ -7,7 +7,9 @@ places, one line each. Sources: resolved.conf(5), resolvconf(8) of Debian and of
 dhcpcd-run-hooks(8), nm-settings-keyfile(5).
 
 A guest's /etc/resolv.conf of its own ends all this: the programs would write over it what they find. Then the servers
-are given to systemd-resolved alone, as FallbackDNS=, which it uses where it finds no other.
+are given to systemd-resolved alone, as FallbackDNS=, which it uses where it finds no other. NetworkManager gets the
+addresses alone, and a setting that keeps it from that file (NetworkManager.conf(5), rc-manager): by itself it asks for
+DHCP, takes the jail's addresses away and writes a resolv.conf without servers.
 
 Runs in the child that becomes init, by fds of the jail's root. /run is a tmpfs that the child has just mounted.
 """
@@ -104,17 +106,26 @@ def _profile(names: Names) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _profile_of_addresses(names: Names) -> str:
+    return _profile(names._replace(servers=[]))
+
+
 _RESOLVED = "systemd/resolved.conf.d/zz-jailmgr.conf"
 """The last in order, so that servers which the guest names come before these."""
+_CONNECTION = "NetworkManager/system-connections/jailmgr.nmconnection"
 RESOLVERS = (
     Resolver(_RESOLVED, _resolved),
     Resolver("resolvconf/interface/jailmgr", _lines),  # Debian's resolvconf
     Resolver("resolvconf/interfaces/jailmgr", _lines),  # openresolv
     Resolver("resolvconf/metrics/999999 jailmgr", lambda _: ""),  # openresolv: after all others
     Resolver("dhcpcd/hook-state/resolv.conf/jailmgr", _lines),
-    Resolver("NetworkManager/system-connections/jailmgr.nmconnection", _profile, 0o600),
+    Resolver(_CONNECTION, _profile, 0o600),
 )
-FALLBACK = (Resolver(_RESOLVED, _resolved_fallback),)
+FALLBACK = (
+    Resolver(_RESOLVED, _resolved_fallback),
+    Resolver(_CONNECTION, _profile_of_addresses, 0o600),
+    Resolver("NetworkManager/conf.d/jailmgr.conf", lambda _: "[main]\nrc-manager=unmanaged\n"),
+)
 """Where the guest has a resolv.conf of its own."""
 
 

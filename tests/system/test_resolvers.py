@@ -10,6 +10,8 @@ from tests.system.instance import Instance, until
 from tests.system.test_network import gateways
 
 RESOLVED = "/run/systemd/resolved.conf.d/zz-jailmgr.conf"
+CONNECTION = "/run/NetworkManager/system-connections/jailmgr.nmconnection"
+UNMANAGED = "/run/NetworkManager/conf.d/jailmgr.conf"
 ELSEWHERE = resolv_conf(["192.0.2.53"])
 """What jailmgr has written for another network."""
 
@@ -48,8 +50,14 @@ def test_resolv_conf_is_renewed_until_it_is_the_guests_own(jm: Instance, busybox
     jm("restart", "--force", name)
     assert jm.exec(name, "cat", "/etc/resolv.conf").out.encode() == own
     assert jm.exec(name, "stat", "-c", "%i %Y", "/etc/resolv.conf").out == before
-    assert jm.sh(name, "cd /run; find . -name '*jailmgr*'").out == f".{RESOLVED.removeprefix('/run')}\n"
+    given = jm.sh(name, "find /run -name '*jailmgr*' -type f").out.split()
+    assert sorted(given) == sorted([RESOLVED, CONNECTION, UNMANAGED])
     assert "\nFallbackDNS=" in jm.exec(name, "cat", RESOLVED).out
+    # NetworkManager finds the addresses and not the servers, and leaves the file alone.
+    connection = jm.exec(name, "cat", CONNECTION).out
+    assert f"\naddress1={jm.info(name)['ipv4']}/" in connection
+    assert "dns" not in connection
+    assert jm.exec(name, "cat", UNMANAGED).out == "[main]\nrc-manager=unmanaged\n"
     # One that links to what a program makes in /run is asked for by the guest, and one that it removes is not its own.
     link = "../run/systemd/resolve/stub-resolv.conf"
     jm.exec(name, "ln", "-sf", link, "/etc/resolv.conf")

@@ -24,6 +24,7 @@ BUNDLE = read_bundle(compile_bundle(PLAN._replace(nics=[NIC], dns=SERVERS, domai
 OURS = resolvers.resolv_conf(SERVERS).decode()
 PROFILE = "NetworkManager/system-connections/jailmgr.nmconnection"
 RESOLVED = "systemd/resolved.conf.d/zz-jailmgr.conf"
+UNMANAGED = "NetworkManager/conf.d/jailmgr.conf"
 
 
 @pytest.fixture
@@ -138,10 +139,24 @@ OWN = {
 
 @pytest.mark.parametrize("own", OWN.values(), ids=list(OWN))
 def test_a_file_of_the_guests_own_is_left_alone(tree: Path, own: str) -> None:
-    """And no program gets what it would write over that file: systemd-resolved alone, as a last resort."""
+    """And no program gets what it would write over that file: systemd-resolved gets the servers, as a last resort.
+
+    NetworkManager gets the addresses, so that it takes none away, and is kept from the file.
+    """
     (tree / "etc/resolv.conf").write_text(own)
     before = (tree / "etc/resolv.conf").stat()
-    assert hand_out(tree) == {RESOLVED: "[Resolve]\nFallbackDNS=10.83.7.1 fd42:1:2:3::1\n"}
+    given = hand_out(tree)
+    connection = re.sub(r"uuid=.*\n", "", given.pop(PROFILE))
+    assert given == {
+        RESOLVED: "[Resolve]\nFallbackDNS=10.83.7.1 fd42:1:2:3::1\n",
+        UNMANAGED: "[main]\nrc-manager=unmanaged\n",
+    }
+    assert connection == (
+        "[connection]\nid=jailmgr\ntype=ethernet\ninterface-name=eth0\nautoconnect-priority=-900\n"
+        "\n[ipv4]\nmethod=manual\naddress1=10.83.7.2/24,10.83.7.1\n"
+        "\n[ipv6]\nmethod=manual\naddress1=fd42:1:2:3::2/64,fd42:1:2:3::1\naddr-gen-mode=eui64\n"
+    )
+    assert (tree / "run" / PROFILE).stat().st_mode & 0o7777 == 0o600
     assert (tree / "etc/resolv.conf").read_text() == own
     assert (tree / "etc/resolv.conf").stat() == before
 
@@ -193,7 +208,7 @@ def _loop(path: Path) -> None:
 def test_what_is_no_file_is_left_alone(tree: Path, make: Callable[[Path], None]) -> None:
     make(tree / "etc/resolv.conf")
     before = (tree / "etc/resolv.conf").lstat()
-    assert list(hand_out(tree)) == [RESOLVED]
+    assert sorted(hand_out(tree)) == sorted([RESOLVED, PROFILE, UNMANAGED])
     assert (tree / "etc/resolv.conf").lstat() == before
 
 
