@@ -28,7 +28,7 @@ class Building:
             wanted = list(self.wanted)
         return all(gave_up() for gave_up in wanted)
 
-    def tell(self, step: str, done: int, total: int) -> None:
+    def report(self, step: str, done: int, total: int) -> None:
         with self.changed:
             self.step = (step, done, total)
             self.changed.notify_all()
@@ -39,19 +39,19 @@ class Building:
             self.changed.notify_all()
 
     def wait(self, source: str, progress: Progress, cancelled: Cancelled) -> Image:
-        """The image, once it is built; progress is passed on. Raises what the build raised, or CancelledError."""
-        told: tuple[str, int, int] | None = None
+        """Return the image once it is built; pass progress on. Raises what the build raised, or CancelledError."""
+        reported: tuple[str, int, int] | None = None
         while True:
             with self.changed:
-                if self.step == told and not self.ended:
+                if self.step == reported and not self.ended:
                     self.changed.wait(_POLL)
                 ended, step = self.ended, self.step
             if cancelled():
                 raise CancelledError(f"image of {source}")
             if ended:
                 break
-            if step != told:
-                told = step
+            if step != reported:
+                reported = step
                 progress(*step)
         if self.error is not None:
             raise JailmgrError(self.error.what, self.error.why, self.error.hint, self.error.code)
@@ -60,14 +60,14 @@ class Building:
 
 
 class Builds:
-    """By the key of what is built (template/recipe.py)."""
+    """Each has the key of what is built (template/recipe.py)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_key: dict[str, Building] = {}
 
     def join(self, key: str, cancelled: Cancelled) -> tuple[Building, bool]:
-        """The build of that key, given up only when `cancelled`, too; whether the caller is the one to carry it out."""
+        """Return the build of that key, and whether the caller has to carry it out. All who wait must give it up."""
         with self._lock:
             building = self._by_key.get(key)
             leads = building is None

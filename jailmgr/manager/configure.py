@@ -175,6 +175,9 @@ def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) 
             if port not in before:
                 networks.publish_port(m, new, port)
                 undo.callback(networks.unpublish_port, m, new, port)
+    if not runs and any(port not in after for port in before):
+        # Now, and not with those of others that have ended: once the jail runs again, flows of these ports are its own.
+        networks.end_flows(m, [old])
 
 
 def _put_back(m: Manager, old: Jail, moved: bool) -> None:

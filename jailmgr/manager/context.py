@@ -1,4 +1,4 @@
-"""What every use case stands on: one instance's store, pool, cgroup hierarchies, and locks. It imports no use case.
+"""The store, the pool, the cgroup hierarchies and the locks of one root. It imports no use case.
 
 Two calls on the same jail wait for each other, others don't.
 """
@@ -22,7 +22,7 @@ ADOPT = "Take it back into the store: jailmgr engine stop (jails run on), then j
 
 
 class Context:
-    """Of an instance; all may be called from any thread."""
+    """All use cases take one. Any thread may call its methods."""
 
     def __init__(self, root: Root) -> None:
         self.root = root

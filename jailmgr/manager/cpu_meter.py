@@ -9,13 +9,14 @@ LOOK_SECONDS = 0.2
 
 
 class CpuMeter:
-    """By tenant: when its CPU time was last looked at (monotonic), the time, and the mean number of CPUs then."""
+    """Each tenant's mean is from one look to the next."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, int, float | None]] = {}
+        """By tenant: time of the last look (monotonic), CPU time then, and the mean number of CPUs then."""
 
     def mean(self, tenant: str, cpu_ns: int) -> float | None:
-        """Number of CPUs it kept busy since somebody looked, a moment ago or more; None where nobody has.
+        """Return the number of CPUs that a tenant kept busy since the last look; None where there was none.
 
         The group may be older than this engine: its whole CPU time is no difference.
         """

@@ -7,10 +7,11 @@ from jailmgr.runtime.cgroups import Hierarchies, Limits
 
 
 class HeldTotals:
-    """By tenant, the limits and the group's identity: a group that was made again has none."""
+    """A group that was made again is held to nothing."""
 
     def __init__(self) -> None:
         self._by_tenant: dict[str, tuple[Limits, int]] = {}
+        """The limits, and the group's identity."""
 
     def __contains__(self, tenant: object) -> bool:
         return tenant in self._by_tenant
@@ -22,7 +23,7 @@ class HeldTotals:
         self._by_tenant[tenant] = (limits, cgroups.identity(hierarchies, group))
 
     def doubt(self, tenant: str) -> None:
-        """Whatever it was, it is to be set again."""
+        """Have the limits set again, whatever they are."""
         self._by_tenant[tenant] = (Limits(), 0)
 
     def forget(self, tenant: str) -> None:

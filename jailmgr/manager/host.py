@@ -1,4 +1,4 @@
-"""An instance: its context, and the parts that keep state of their own, each in its own file.
+"""A root's context, and the parts that keep state of their own, each in its own file.
 
 The use cases are plain functions over it, a module for each verb. All are synchronous.
 """
@@ -25,7 +25,7 @@ from jailmgr.model import Jail
 
 
 class Manager(Context):
-    """An instance of jailmgr, as opening.py opens it; one process at a time (the engine holds run/engine.lock)."""
+    """A root as opening.py opens it. One process at a time has it open: the engine holds run/engine.lock."""
 
     def __init__(self, root: Root) -> None:
         super().__init__(root)
@@ -39,7 +39,7 @@ class Manager(Context):
         self.builds = Builds()
         self.stopped_views = ViewCache()
         self.networks_up: set[int] = set()
-        """Ids of those whose bridge and rules were seen to be there."""
+        """Ids of networks whose bridge and rules are there."""
         self.disk_guard = DiskGuard(self)
         self.accountant = Accountant(self)
         self.ahead: Batches[str] | None = None

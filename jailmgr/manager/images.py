@@ -67,7 +67,7 @@ def ensure_image(
         return building.wait(source, progress, cancelled)
 
     def tell(step: str, done: int, total: int) -> None:
-        building.tell(step, done, total)
+        building.report(step, done, total)
         progress(step, done, total)
 
     try:

@@ -67,13 +67,13 @@ def is_there(root: Root) -> bool:
 
 
 class Lxcfs:
-    """The one of an instance, from the first jail on."""
+    """A root has one, from the first jail on."""
 
     def __init__(self, root: Root, watcher: Watcher) -> None:
         self._root = root
         self._watcher = watcher
         self._lock = threading.Lock()
-        """Over its start."""
+        """Held while it is started."""
         self._watched = False
         """Whether there is one, or its end has not been seen yet."""
         self._ends: list[float] = []
@@ -85,7 +85,7 @@ class Lxcfs:
         self._again_at = 0.0
 
     def up(self) -> None:
-        """Have it run, where the host has one, before a jail starts. What fails is logged: jails do without."""
+        """Start it, where the host has one, before a jail starts. What fails is logged: jails do without."""
         # Where it runs, no start waits until the jails of all tenants have been given its files.
         if not self._watcher.is_open or self._watched:
             return
@@ -95,7 +95,7 @@ class Lxcfs:
                 self._attempt()
 
     def again(self) -> None:
-        """Where jails still lack its files: have it run, and give them."""
+        """Start it and give its files, where jails still lack them."""
         with self._lock:
             if self._watcher.is_open and _stale(self._root).exists():
                 self._attempt()

@@ -1,4 +1,4 @@
-"""Open an instance and close it: make its parts work together, finish what a crash left, and watch over its jails."""
+"""Open a root and close it: make the parts work together, finish what a crash left, and watch over the jails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDED_SECONDS = 0.2
 
 @contextmanager
 def opened(root: Root, autostart: bool = True) -> Iterator[Manager]:
-    """An instance, open from here on and closed at the end. Raises as `open_manager`."""
+    """Open a root, and close it at the end. Raises as `open_manager`."""
     m = Manager(root)
     open_manager(m, autostart)
     try:
@@ -102,7 +102,8 @@ def _make_ahead(m: Manager, layers: set[str]) -> None:
 def _stop(m: Manager) -> None:
     m.watcher.stop()
     if m.autostart is not None:
-        m.autostart.join()
+        m.autostart.join()  # a jail that it starts has lxcfs, and is watched
+    m.watcher.close()
     m.supervisors.stop()
     m.disk_guard.stop()
     for batches in (m.ahead, m.ended):
@@ -113,5 +114,7 @@ def _stop(m: Manager) -> None:
 
 
 def _shut(m: Manager) -> None:
-    _stop(m)
-    m.store.close()
+    try:
+        _stop(m)
+    finally:
+        m.store.close()

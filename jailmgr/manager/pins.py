@@ -26,14 +26,14 @@ class Pins:
         self._cpus: dict[tuple[str, str], str] = {}
 
     def of(self, jail: Jail) -> str | None:
-        """What it has now; None is all."""
+        """Return the CPUs that a jail has now; None is all."""
         return self._cpus.get((jail.tenant, jail.name))
 
     def choose(self, jail: Jail) -> str | None:
-        """Those of a jail that runs or is about to, as Limits has them; None is all.
+        """Choose the CPUs of a jail that runs or is about to, in the form of Limits.cpus; None is all.
 
-        That is where it has no `limits.cpu`, or one of as many CPUs as there are. It keeps what it has while the number
-        is the same.
+        A jail without `limits.cpu`, or with one of as many CPUs as the host has, gets all. A jail keeps its CPUs while
+        their number is the same.
         """
         key, wanted = (jail.tenant, jail.name), int(jail.config.get("limits.cpu", 0))
         with self._lock:
@@ -48,7 +48,7 @@ class Pins:
             return self._cpus[key]
 
     def follow(self, tenant: str, name: str) -> None:
-        """A jail has been started, found or has ended: what its bundle says is taken, or free again."""
+        """Take the CPUs that the bundle of a running jail names; free those of a jail that has ended."""
         row = self._m.store.find_row(tenant, name)
         cpus = None
         if row is not None and "limits.cpu" in row.jail.config and read_state(self._m.root, tenant, name) is not None:
@@ -63,7 +63,7 @@ class Pins:
                 self._cpus[tenant, name] = cpus
 
     def forget(self, jail: Jail) -> None:
-        """It could not be started."""
+        """Free the CPUs of a jail that could not be started."""
         with self._lock:
             self._cpus.pop((jail.tenant, jail.name), None)
 

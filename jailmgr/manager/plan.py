@@ -245,8 +245,10 @@ def write_bundle(m: Manager, jail: Jail, stopped: bool = False) -> str:
 
 
 class Calls(NamedTuple):
-    """What differs between filters: `raw_volume` and `keyctl` as in seccomp.default_section, `socketcall` as in
-    seccomp.compile."""
+    """What differs between filters.
+
+    `raw_volume` and `keyctl` are those of seccomp.default_section, `socketcall` is that of seccomp.compile.
+    """
 
     raw_volume: bool = False
     keyctl: bool = False

@@ -1,4 +1,4 @@
-"""Supervisors: one that dies while jails of its tenant run, or are about to, is replaced; one is kept for a while."""
+"""Replace supervisors that die while jails of their tenant run; keep a supervisor without jails for a while."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Supervisors:
-    """Those of the tenants given to `watch`."""
+    """It watches the supervisors of tenants that were given to `watch`."""
 
     def __init__(self, root: Root, watcher: Watcher) -> None:
         self.on_replaced: list[Callable[[], None]] = []
@@ -46,7 +46,7 @@ class Supervisors:
         self._watcher.watch_pidfd(pidfd, partial(self._ended, tenant))
 
     def connect(self, tenant: str) -> attach.Supervisor:
-        """A connection to the tenant's supervisor: the one that is held, where that still answers. JailmgrError."""
+        """Return a connection to the tenant's supervisor: the one that is kept, if it answers. JailmgrError."""
         held = self._take(tenant)
         if held is not None:
             try:
@@ -69,13 +69,13 @@ class Supervisors:
         self._watcher.after(HOLD_SECONDS, partial(self._expire, tenant))
 
     def release(self, tenant: str) -> None:
-        """Let a supervisor without jails go."""
+        """Close the connection that keeps a supervisor without jails."""
         link = self._take(tenant)
         if link is not None:
             link.close()
 
     def stop(self) -> None:
-        """Let go of all; the watcher has stopped."""
+        """Close all connections, after the watcher has stopped."""
         with self._lock:
             links = [link for link, _ in self._held.values()]
             self._held.clear()

@@ -7,10 +7,11 @@ from jailmgr.store import Row
 
 
 class ViewCache:
-    """By the jail's id, what the view was made from, and the view."""
+    """It has one view of each jail."""
 
     def __init__(self) -> None:
         self._views: dict[int, tuple[Row, int | None, JailView]] = {}
+        """By the jail's id: the row and the bytes of disk that the view was made from, and the view."""
 
     def get(self, row: Row, disk: int | None) -> JailView | None:
         known = self._views.get(row.jail.id)

@@ -1,8 +1,8 @@
 """A thread with an event loop that sees jails come and go, processes end, and times pass, as it happens.
 
-Supervisors write and remove a state file for each jail in their tenant's runtime directory (inotify(7)). Who wants to
-know of jails, of a process' end (pidfd_open(2)) or of a time registers for it, from any thread; the watcher knows none
-of them. What is registered is called in the watcher's thread, one after the other.
+Supervisors write and remove a state file for each jail in their tenant's runtime directory (inotify(7)). Any thread may
+register a call for changes of jails, for the end of a process (pidfd_open(2)), or for a time. The watcher imports none
+of its callers. Its thread makes the calls, one after the other.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from queue import Empty, SimpleQueue
+from time import monotonic
 
 from jailmgr.config import Root
 from jailmgr.errors import JailmgrError
@@ -29,22 +30,22 @@ log = logging.getLogger(__name__)
 
 
 class Watcher:
-    """Watches from `open` to `stop`, and calls back from `start` on. Before `open` and after `stop` it does nothing."""
+    """Watches from `open` to `close`, and calls back from `start` to `stop`. It takes nothing before and after."""
 
     def __init__(self, root: Root) -> None:
         self.on_jail_change: list[Callable[[str, str], None]] = []
         """Called in their order with the tenant and name of a jail that has come, gone or changed."""
         self.changed = threading.Condition()
-        """Notified as jails come, go and change, and at `stop`."""
+        """Notified as jails come, go and change."""
         self._root = root
-        self._loop = Loop()
+        self._loop: Loop | None = None
         self._inotify = self._wake = -1
-        self._calls = SimpleQueue[Callable[[], object]]()
+        self._calls = SimpleQueue[Callable[[Loop], object]]()
         self._lock = threading.Lock()
         self._tenants: dict[int, str] = {}
         self._pidfds: set[int] = set()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop.run, name="watch", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def open(self) -> None:
         """Take what is registered from now on. JailmgrError `unavailable`."""
@@ -54,44 +55,52 @@ class Watcher:
             raise JailmgrError(
                 "inotify", os.strerror(error), "Raise the sysctl fs.inotify.max_user_instances.", "unavailable"
             )
-        self._inotify = inotify
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with ExitStack() as undo:
+            undo.callback(os.close, inotify)
+            wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, wake)
+            self._loop = Loop()
+            undo.pop_all()
+        self._inotify, self._wake = inotify, wake
         self._loop.watch(self._inotify, lambda _: self._jails_changed())
         self._loop.watch(self._wake, lambda _: self._woken())
 
     def start(self) -> None:
+        """Begin to call back."""
+        assert self._loop is not None
+        self._thread = threading.Thread(target=self._loop.run, name="watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End, and wait for what is being done. Idempotent."""
         self._stopping.set()
-        if self._inotify < 0:
-            return
-        self._call(self._loop.stop)
-        if self._thread.is_alive():
+        if self._thread is not None and self._loop is not None:
+            self._call(Loop.stop)
             self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Close all descriptors, after `stop`. Idempotent."""
         with self._lock:
+            if self._loop is None:
+                return
             for fd in (self._inotify, self._wake, *self._pidfds):
                 os.close(fd)
+            self._loop.close()
+            self._loop = None
             self._inotify = self._wake = -1
             self._pidfds.clear()
-        with self.changed:
-            self.changed.notify_all()
 
     @property
     def is_open(self) -> bool:
         return self._inotify >= 0
 
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping.is_set()
-
     def pause(self, seconds: float) -> bool:
-        """Wait so long, or until `stop`; whether it was that, or nothing is watched at all."""
+        """Wait so long, or until `stop`. Return whether it was `stop`, or nothing is watched at all."""
         return not self.is_open or self._stopping.wait(seconds)
 
     def watch_tenant(self, tenant: str) -> None:
-        """Watch the jails of a tenant from now on; again and again is fine. JailmgrError `unavailable`, OSError."""
+        """Watch the jails of a tenant from now on. Idempotent. JailmgrError `unavailable`, OSError."""
         with self._lock:
             if self._inotify < 0 or tenant in self._tenants.values():
                 return
@@ -111,29 +120,35 @@ class Watcher:
                 os.close(pidfd)
                 return
             self._pidfds.add(pidfd)
-        self._call(partial(self._loop.watch, pidfd, lambda _: self._process_ended(pidfd, ended)))
+        self._call(lambda loop: loop.watch(pidfd, lambda _: self._process_ended(pidfd, ended)))
 
     def after(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call once, that much later; not after `stop`."""
-        self._call(partial(self._loop.after, seconds, callback))
+        due = monotonic() + seconds
+        self._call(lambda loop: loop.after(max(0.0, due - monotonic()), callback))
 
-    def _call(self, do: Callable[[], object]) -> None:
-        """Have the loop's own thread do it: the loop is no other's."""
+    def _call(self, do: Callable[[Loop], object]) -> None:
+        """Have the loop's own thread do it: no other thread may touch the loop."""
         with self._lock:
             if self._inotify >= 0:
                 self._calls.put(do)
                 os.eventfd_write(self._wake, 1)
 
     def _woken(self) -> None:
+        assert self._loop is not None
         os.eventfd_read(self._wake)
         while True:
             try:
                 call = self._calls.get_nowait()
             except Empty:
                 return
-            call()
+            try:
+                call(self._loop)
+            except OSError as error:
+                log.error("it could not be watched: %s", error)
 
     def _process_ended(self, pidfd: int, ended: Callable[[], None]) -> None:
+        assert self._loop is not None
         self._loop.forget(pidfd)
         with self._lock:
             self._pidfds.discard(pidfd)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jailmgr.runtime.session import Session
 
 
+KILL_SECONDS = 5.0
+"""For an enterer that is to be killed, to report its program's pid first."""
 HELD_SECONDS = 5.0
 """For a tracer in the jail to let go of a program that has ended."""
 
@@ -43,7 +45,7 @@ class Child:
         self.pidfd, self._pid = -1, 0
         self.signalled = False
         self._early_signals: list[int] = []
-        """Those that came before the program's pid."""
+        """They came before the program's pid; each number once."""
         self._failed: dict[str, Any] | None = None
         self._finished = False
         self._early: Exit | None = None
@@ -79,9 +81,21 @@ class Child:
         if self.pidfd >= 0:
             _send_signal(self.pidfd, number)
             return
-        self._early_signals.append(number)
-        if self._enterer >= 0:
-            _send_signal(self._enterer, signal.SIGTERM if number == signal.SIGKILL else number)
+        if self._enterer < 0:
+            return
+        if number not in self._early_signals:
+            self._early_signals.append(number)
+        if number == signal.SIGKILL:
+            _send_signal(self._enterer, signal.SIGTERM)
+            _send_signal(self._enterer, signal.SIGCONT)  # where it was stopped
+            self._loop.after(KILL_SECONDS, self._kill_enterer)
+        else:
+            _send_signal(self._enterer, number)
+
+    def _kill_enterer(self) -> None:
+        """The guest has frozen it before it reported the pid."""
+        if self._enterer >= 0 and self.pidfd < 0:
+            _send_signal(self._enterer, signal.SIGKILL)
 
     def _entered(self) -> None:
         """The enterer has ended: what it said is there to read."""

@@ -135,7 +135,7 @@ def _enterer(
     os.setgroups([])
     os.setresuid(0, 0, 0)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
-    # A signal between these would end us, and nobody would know the program's pid (runtime/child.py).
+    # A signal between clone and send would end the enterer before it has reported the program's pid (runtime/child.py).
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
     pid = kernel.clone(kernel.CLONE_PARENT)
     if pid == 0:

@@ -61,6 +61,10 @@ class Loop:
     def stop(self) -> None:
         self._going = False
 
+    def close(self) -> None:
+        """Give back the descriptor. Nothing is watched any more."""
+        self._epoll.close()
+
     def run(self) -> None:
         while self._going:
             timeout = max(0.0, self._timers[0].due - monotonic()) if self._timers else -1

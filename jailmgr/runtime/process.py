@@ -102,7 +102,10 @@ def _set_limit(which: int, soft: int, hard: int) -> None:
         if most != resource.RLIM_INFINITY:
             hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
             soft = hard if soft == resource.RLIM_INFINITY else min(soft, hard)
-        resource.setrlimit(which, (soft, hard))
+        try:
+            resource.setrlimit(which, (soft, hard))
+        except OSError:
+            return  # fs.nr_open is below what the process has
 
 
 def become(keep: list[str], bpf: bytes) -> None:

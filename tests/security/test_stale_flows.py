@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import pytest
@@ -69,6 +71,26 @@ def stop_first(jm: Instance, jail: str) -> None:
     jm("start", jail)
 
 
+def stop_among_others(jm: Instance, jail: str) -> None:
+    """Another jail ends again and again, so that flows of ended jails are not ended yet (manager/batches.py)."""
+    done = Event()
+
+    def end_again_and_again() -> None:
+        while not done.is_set():
+            jm("stop", "--force", "spare")
+            jm("start", "spare")
+
+    jm("launch", "busybox", "spare")
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(end_again_and_again)
+        try:
+            stop_first(jm, jail)
+        finally:
+            done.set()
+        other.result()
+    jm("delete", "--force", "spare")
+
+
 def poweroff(jm: Instance, jail: str) -> None:
     """From inside, and at once unpublish what nobody has taken back yet."""
     jm.sh(jail, "poweroff -f", status=None)
@@ -91,7 +113,7 @@ def without_engine(jm: Instance, jail: str) -> None:
     jm("start", jail)
 
 
-@pytest.mark.parametrize("take_back", [unpublish, stop_first, poweroff, without_engine])
+@pytest.mark.parametrize("take_back", [unpublish, stop_first, stop_among_others, poweroff, without_engine])
 def test_a_port_of_another_tenant_by_now(
     jm: Instance,
     netns: Netns,
