@@ -93,7 +93,12 @@ def _of_running(instance: Instance, key: Key, row: dict[str, Any], inside: set[i
         return
     if pid not in inside:
         yield f"init {pid} is in none of its cgroups"
-    if os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+    try:
+        netns = os.readlink(f"/proc/{pid}/ns/net")
+    except FileNotFoundError:
+        yield f"init {pid} has ended"
+        return
+    if netns == os.readlink("/proc/self/ns/net"):
         yield "it has no network namespace"
     state = Path(instance.root.tenant_run(key[0]), f"{key[1]}.json")
     if not state.exists() or json.loads(state.read_text())["pid"] != pid:
