@@ -280,7 +280,7 @@ class JailInfo(JailView, frozen=True):
 
 
 class ImageView(msgspec.Struct, frozen=True):
-    """An image, as `image list` tells it. `jails`: how many are made of it."""
+    """An image, as `image list` shows it. `jails`: how many are made of it."""
 
     fingerprint: str
     aliases: list[str]
@@ -301,7 +301,7 @@ class ImageInfo(ImageView, frozen=True):
 
 
 class NetworkView(msgspec.Struct, frozen=True):
-    """A network, as `network list` tells it. `jails`: how many are attached, running or not."""
+    """A network, as `network list` shows it. `jails`: how many are attached, running or not."""
 
     name: str
     tenant: str

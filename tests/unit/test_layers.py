@@ -15,7 +15,7 @@ ORDER = {"cli": 5, "engine": 4, "manager": 3, "template": 2, "image": 2, "storag
 
 LATE = {
     "jailmgr.runtime.attach": "a supervisor is started rarely, and `exec` goes this way",
-    "jailmgr.engine.main": "the engine tells who waits for it why it can't be loaded",
+    "jailmgr.engine.main": "the engine reports to its caller why it could not be loaded",
 }
 """Modules that import inside functions, and why. Commands all do: each costs more to import than to run."""
 
