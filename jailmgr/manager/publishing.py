@@ -48,7 +48,7 @@ def _checked(endpoint: str) -> Endpoint:
 def unpublish(
     m: Manager, tenant: str, jail: str, host_port: int, protocol: str | None = None, host_address: str | None = None
 ) -> None:
-    """Take back a jail's published host port, of both protocols and any address unless given. JailmgrError `missing`."""
+    """Take back a jail's host port, of both protocols and any address unless given. JailmgrError `missing`."""
     gone: dict[str, dict[str, str | None] | None] = {}
     for name, device in m.store.jail(tenant, jail).devices.items():
         if device.get("type") == "proxy":
