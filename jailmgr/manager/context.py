@@ -55,7 +55,7 @@ class Context:
                     raise JailmgrError(
                         f"pool {self.root.pool}",
                         f"it is gone, with the volumes of {len(jails)} jails in it",
-                        "Put it back from a backup, or delete the jails (jailmgr delete --force --all) and make others.",
+                        "Put it back from a backup, or delete the jails (jailmgr delete --force --all) to start empty.",
                     )
                 self._pool = open_pool(self.root)
             return self._pool
