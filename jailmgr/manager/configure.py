@@ -175,9 +175,10 @@ def _apply_ports(m: Manager, old: Jail, new: Jail, runs: bool, undo: ExitStack) 
             if port not in before:
                 networks.publish_port(m, new, port)
                 undo.callback(networks.unpublish_port, m, new, port)
-    if not runs and any(port not in after for port in before):
+    gone = [port for port in before if port not in after]
+    if gone and not runs:
         # Now, and not with those of others that have ended: once the jail runs again, flows of these ports are its own.
-        networks.end_flows(m, [old])
+        networks.end_flows_to(m, old, gone)
 
 
 def _put_back(m: Manager, old: Jail, moved: bool) -> None:

@@ -228,6 +228,15 @@ def end_flows(m: Manager, jails: Iterable[Jail]) -> None:
     flows.end(nics, lambda nic: not is_up(m, jail_of[nic.ipv4]))
 
 
+def end_flows_to(m: Manager, jail: Jail, ports: Iterable[Port]) -> None:
+    """End the flows that ports led to a jail that does not run, also where it is about to be started again.
+
+    Where it is not, all flows of its addresses end. Raises JailmgrError.
+    """
+    flows.unpublish([(port, nic) for port in ports for nic in jail.nics[:1]])
+    end_flows(m, [jail])
+
+
 def _subnets(m: Manager) -> flows.Subnets:
     return flows.Subnets([*m.store.networks(), *(network for network, _, _ in published_by_strangers(m))])
 

@@ -18,7 +18,7 @@ import pytest
 from jailmgr import claims
 from jailmgr.config import find_root
 from jailmgr.errors import JailmgrError
-from jailmgr.runtime.state import read_state
+from jailmgr.runtime.state import load_wait, read_state
 from tests.system.conftest import MakeJail
 from tests.system.instance import Instance, kill, until
 from tests.system.lan import ETH_P_ALL, ETH_P_IP, ethernet, udp4
@@ -111,6 +111,22 @@ def without_engine(jm: Instance, jail: str) -> None:
     end_without_engine(jm, jail)
     unpublish(jm, jail)
     jm("start", jail)
+
+
+def test_a_port_unpublished_in_a_back_off(jm: Instance, netns: Netns, busybox_jail: MakeJail) -> None:
+    """A jail that waits for its next start is up, but its flows to that port end all the same."""
+    jail = busybox_jail("-c", "restart=always")
+    jm("port", "publish", jail, "8080:80/udp")
+    with outsiders(netns, 5000) as clients:
+        with listening(jm, jail) as server:
+            assert all_come(server, clients)
+            while (wait := load_wait(jm.root.tenant_run("default"), jail)) is None or wait.tries < 4:
+                if (init := jm.info(jail)["init_pid"]) is not None:
+                    kill(init)
+            unpublish(jm, jail)
+        until(lambda: jm.info(jail)["init_pid"] is not None, 20, "it is started again")
+        with listening(jm, jail) as again:
+            assert not all_come(again, clients)
 
 
 @pytest.mark.parametrize("take_back", [unpublish, stop_first, stop_among_others, poweroff, without_engine])
